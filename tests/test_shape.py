@@ -742,8 +742,8 @@ def rule_no_hidden_state(source: Source) -> list[Violation]:
         elif isinstance(node, FUNCTIONS) and node.name == "__del__":
             wrong.append(Violation(node.lineno, "__del__: lifetimes are `async with`"))
         elif isinstance(node, ast.Call) and _dotted(node.func) in ("getattr", "setattr", "hasattr"):
-            if [_dotted(target) for target in node.args[:1]] in (["self"], ["cls"]):
-                wrong.append(Violation(node.lineno, f"{_dotted(node.func)}(self, …): set it in __init__"))
+            hits = [target for target in node.args[:1] if _dotted(target) in ("self", "cls")]
+            wrong += [Violation(hit.lineno, "getattr(self, …): set it in __init__") for hit in hits]
     return wrong
 
 

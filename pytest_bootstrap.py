@@ -1,0 +1,150 @@
+"""Stands in for Open WebUI where it is not installed, and takes the waiting out of tenacity.
+
+Only what the module's host seam (floor 7) asks for is here, and everything answers "nothing there".
+Nothing of this project is replaced. The real host is met in `tests/e2e`.
+
+`tests/conftest.py` imports this file; importing it again changes nothing, and where the real
+`open_webui` can be imported, the real one is left in place.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager
+from types import ModuleType, SimpleNamespace
+
+import tenacity
+from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.pool import StaticPool
+
+HOST_VERSION = "0.12.4"
+
+# module → object → its async methods, each of which answers None
+TABLES: dict[str, dict[str, tuple[str, ...]]] = {
+    "models.users": {"Users": ("get_user_by_id",)},
+    "models.chats": {
+        "Chats": (
+            "get_chat_by_id",
+            "get_messages_map_by_chat_id",
+            "get_message_by_id_and_message_id",
+            "update_chat_title_by_id",
+        )
+    },
+    "models.files": {"Files": ("get_file_by_id", "insert_new_file", "update_file_metadata_by_id")},
+    "models.functions": {"Functions": ("get_function_by_id", "get_function_valves_by_id")},
+    "models.models": {
+        "Models": ("get_model_by_id", "get_all_models", "insert_new_model", "update_model_by_id")
+    },
+}
+FUNCTIONS: dict[str, tuple[str, ...]] = {
+    "routers.images": ("upload_image",),
+    "utils.files": ("get_image_url_from_base64",),
+    "utils.access_control": ("has_access",),
+    "utils.access_control.files": ("has_access_to_file",),
+    "utils.tool_search": ("resolve_tool_call",),
+    "utils.middleware": ("process_tool_result",),
+}
+RECORDS: dict[str, tuple[str, ...]] = {
+    "models.files": ("FileForm",),
+    "models.models": ("ModelForm", "ModelMeta", "ModelParams"),
+}
+
+
+def _answers_none(name: str) -> Callable[..., Awaitable[None]]:
+    async def stub(*_args: object, **_named: object) -> None:
+        return None
+
+    stub.__name__ = name
+    return stub
+
+
+def _module(path: str) -> ModuleType:
+    """The stub module `open_webui.<path>`, made with its parents when it is not there yet."""
+    name = f"open_webui.{path}" if path else "open_webui"
+    if name not in sys.modules:
+        module = ModuleType(name)
+        module.__path__ = []  # a package: what is not stubbed is a ModuleNotFoundError
+        sys.modules[name] = module
+        parent, _, last = path.rpartition(".")
+        if path:
+            setattr(_module(parent), last, module)
+    return sys.modules[name]
+
+
+def _fill(module: ModuleType, members: Iterable[tuple[str, object]]) -> None:
+    for name, member in members:
+        setattr(module, name, member)
+
+
+def _stub_storage() -> object:
+    def upload_file(file: object, filename: str, tags: object = None) -> tuple[bytes, str]:
+        raise FileNotFoundError(filename)
+
+    def get_file(path: str) -> str:
+        raise FileNotFoundError(path)
+
+    return SimpleNamespace(upload_file=upload_file, get_file=get_file)
+
+
+def _stub_database(module: ModuleType) -> None:
+    """An engine on one SQLite database in memory. It connects when it is first used."""
+    engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
+    sessions = async_sessionmaker(bind=engine, class_=AsyncSession, expire_on_commit=False)
+
+    @asynccontextmanager
+    async def get_async_db_context(db: AsyncSession | None = None) -> AsyncIterator[AsyncSession]:
+        if db is not None:
+            yield db
+            return
+        async with sessions() as session:
+            yield session
+
+    _fill(
+        module,
+        {
+            "async_engine": engine,
+            "AsyncSessionLocal": sessions,
+            "get_async_db_context": get_async_db_context,
+        }.items(),
+    )
+
+
+def _stub_host() -> None:
+    env = {"VERSION": HOST_VERSION, "WEBUI_SECRET_KEY": "", "DATABASE_SCHEMA": None}
+    _fill(_module("env"), env.items())
+    for path, tables in TABLES.items():
+        for name, methods in tables.items():
+            table = SimpleNamespace(**{method: _answers_none(method) for method in methods})
+            setattr(_module(path), name, table)
+    for path, names in FUNCTIONS.items():
+        _fill(_module(path), ((name, _answers_none(name)) for name in names))
+    for path, names in RECORDS.items():
+        _fill(_module(path), ((name, type(name, (SimpleNamespace,), {})) for name in names))
+    _module("storage.provider").Storage = _stub_storage()  # type: ignore[attr-defined]  # made here
+    _stub_database(_module("internal.db"))
+
+
+def _no_waiting_in_tenacity() -> None:
+    """Retries follow at once; the waits that were computed are still on the retry state."""
+
+    async def no_wait(_seconds: float) -> None:
+        return None
+
+    def no_pause(_seconds: float) -> None:
+        return None
+
+    for kind, nothing in ((tenacity.AsyncRetrying, no_wait), (tenacity.BaseRetrying, no_pause)):
+        start = kind.__init__
+        start.__defaults__ = (nothing, *(start.__defaults__ or ())[1:])
+
+
+def activate() -> None:
+    """Put the stubs in place, once."""
+    _no_waiting_in_tenacity()
+    if "open_webui" not in sys.modules and importlib.util.find_spec("open_webui") is None:
+        _stub_host()
+
+
+activate()
