@@ -1,0 +1,3353 @@
+"""
+title: OpenRouter Responses
+author: the openrouter-responses-pipe authors
+version: 0.1.0
+license: MIT
+description: Every OpenRouter model in the chat menu, over OpenRouter's Responses API.
+required_open_webui_version: 0.11.2
+
+The floors of this file, from the ground up. A floor names only floors below it.
+
+ 1. Imports & constants
+ 2. Typed shapes
+ 3. Errors & templates
+ 4. Security & helpers
+ 5. Session logging
+ 6. Valves
+ 7. Host seam
+ 8. Model registry
+ 9. Request models
+10. SSE decoder
+11. Event reducer
+12. HTTP client
+13. Emitters & outlet
+14. Media intake
+15. Artifact store
+16. Ledger & metrics
+17. Tool orchestrator
+18. Streaming engine
+19. Context keeper
+20. Media makers
+21. Turn loop
+22. Runtime
+23. Service functions
+24. Pipe
+"""
+
+# ── 1. Imports & constants ───────────────────────────────────────────────────
+# Everything from outside enters here; what may be missing is guarded in one block.
+# Promise: importing this module opens nothing and starts nothing.
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import secrets
+import sys
+import time
+import types
+import weakref
+from collections import deque
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from email.utils import parsedate_to_datetime
+from typing import Any, ClassVar, Final, Literal, NamedTuple, TypedDict, TypeGuard, cast
+from urllib.parse import urlsplit
+
+import aiohttp
+from cryptography.fernet import Fernet, InvalidToken
+from pydantic import BaseModel, Field, SerializationInfo, field_validator, model_serializer
+from pydantic_core import core_schema
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+
+# What may be missing
+try:
+    import orjson
+except ImportError:  # the standard library serves, more slowly
+    orjson = None
+try:
+    from open_webui.env import VERSION as _HOST_VERSION  # pyright: ignore[reportMissingImports]  # host only
+except ImportError:  # the terminal, or a test without the host
+    _HOST_VERSION = None
+
+# Limits and sizes
+_CATALOG_REFRESH_S: Final = 3600.0
+_CATALOG_RETRY_S: Final = 15.0
+_MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
+_MAX_ERROR_BYTES: Final = 256 * 1024
+_MAX_JSON_BYTES: Final = 32 * 1024 * 1024
+_OUTLET_MAX_CHARS: Final = 1_000_000
+_OUTLET_MAX_ENTRIES: Final = 2_000
+_RETIRE_DEADLINE_S: Final = 300.0
+_CLEANUP_S: Final = 5.0
+_MINIMUM_HOST: Final = (0, 11, 2)
+
+# name -> (characters that may leave at once, milliseconds that fewer may wait for company)
+_STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
+    "auto": (0, 0),
+    "quick": (10, 100),
+    "normal": (20, 250),
+    "slow": (80, 600),
+}
+
+# Patterns
+_SURROGATE_RE: Final = re.compile("[\ud800-\udfff]")
+_MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
+_LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
+
+# Every line we log goes through this one
+LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
+
+# Names shared with other loads of this file
+_RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
+_SETUP_MODEL_ID: Final = "setup"
+
+
+def _json_loads(data: bytes | str) -> Any:
+    """Decode JSON. Lone surrogates, which orjson refuses, are kept as they are.
+
+    Raises:
+        ValueError: the text is not JSON.
+    """
+    if orjson is not None:
+        with contextlib.suppress(ValueError):
+            return orjson.loads(data)
+    return json.loads(data)
+
+
+def _json_dumps(value: Any) -> bytes:
+    """Encode `value` as UTF-8 JSON; a lone surrogate leaves as U+FFFD.
+
+    Raises:
+        TypeError: a value that JSON does not know.
+    """
+    if orjson is not None:
+        with contextlib.suppress(TypeError, ValueError):
+            return orjson.dumps(value)
+    return _whole_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"))).encode()
+
+
+def _whole_text(text: str) -> str:
+    """Join split UTF-16 pairs in `text`; a surrogate without partner becomes U+FFFD."""
+    if text.isascii() or _SURROGATE_RE.search(text) is None:
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+# ── 2. Typed shapes ──────────────────────────────────────────────────────────
+# The values that travel between floors; no methods with I/O.
+# Promise: a frozen shape is never changed after it was made.
+
+JSONObject = dict[str, Any]
+Dialect = Literal["browser", "browser_json", "api_stream", "api_json", "task"]
+HostEventEmitter = Callable[[JSONObject], Awaitable[Any]]
+
+
+class Message(TypedDict, total=False):
+    """One chat message as Open WebUI sends it (contract of `/chat/completions`)."""
+
+    role: str
+    content: str | list[JSONObject] | None
+    tool_calls: list[JSONObject]
+    tool_call_id: str
+
+
+class UsageStats(TypedDict, total=False):
+    """`usage` as OpenRouter reports it: tokens, and `cost` in US dollars."""
+
+    input_tokens: int
+    input_tokens_details: JSONObject
+    output_tokens: int
+    output_tokens_details: JSONObject
+    total_tokens: int
+    cost: float | None
+
+
+class FunctionCall(TypedDict):
+    """The function part of a tool call on the wire; `arguments` is a JSON string."""
+
+    name: str
+    arguments: str
+
+
+class SSEFrame(NamedTuple):
+    """The data bytes of one server-sent event; lines joined by LF."""
+
+    # A named tuple, not a dataclass: one is made per token, and this costs a third.
+    data: bytes
+
+
+class StreamEvent(NamedTuple):
+    """One decoded event of `/responses`: its `type` and the whole object."""
+
+    type: str
+    payload: JSONObject
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function the model wants to have called. `arguments` is JSON text as the model wrote it."""
+
+    call_id: str
+    name: str
+    arguments: str
+
+    def function(self) -> FunctionCall:
+        """The function part, as chat clients know it."""
+        return {"name": self.name, "arguments": self.arguments}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """What the catalog says of one model. Limits in tokens; None where it does not say."""
+
+    id: str
+    name: str
+    context_length: int | None = None
+    input_modalities: frozenset[str] = frozenset({"text"})
+    output_modalities: frozenset[str] = frozenset({"text"})
+    supported_parameters: frozenset[str] = frozenset()
+    reasoning: bool = False
+
+    @property
+    def writes_text(self) -> bool:
+        """Whether the model can answer a chat."""
+        return "text" in self.output_modalities
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether functions may be offered to the model."""
+        return "tools" in self.supported_parameters
+
+    @property
+    def takes_images(self) -> bool:
+        """Whether the model sees pictures."""
+        return "image" in self.input_modalities
+
+
+@dataclass(frozen=True, slots=True)
+class Connection:
+    """Where one request goes and how it introduces itself. Times in seconds."""
+
+    base_url: str
+    key: str = field(repr=False)
+    headers: tuple[tuple[str, str], ...] = ()
+    connect_timeout_s: float = 10.0
+    idle_timeout_s: float = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """The arguments of one `pipe()` call, normalised once."""
+
+    body: Mapping[str, Any]
+    dialect: Dialect
+    model: str
+    chat_id: str = ""
+    message_id: str = ""
+    user_id: str = ""
+    is_admin: bool = False
+    user_valves: Any = None
+    event_emitter: HostEventEmitter | None = None
+
+
+# Emissions: what the pure core says has happened
+
+
+@dataclass(frozen=True, slots=True)
+class TextDelta:
+    """More text of the answer; `item` numbers the output item within its upstream call."""
+
+    item: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class RefusalDelta:
+    """More text of a refusal."""
+
+    item: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningDelta:
+    """More visible reasoning. An empty first delta says that reasoning has begun."""
+
+    item: int
+    text: str
+    part: int = 0
+    kind: Literal["summary", "text"] = "summary"
+
+
+@dataclass(frozen=True, slots=True)
+class ItemClosed:
+    """An item of type message or reasoning is complete; `payload` is the provider's own item."""
+
+    item: int
+    kind: Literal["message", "reasoning"]
+    payload: JSONObject = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class StatusUpdate:
+    """A line of progress for the person who waits."""
+
+    description: str
+    done: bool = False
+    hidden: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class CitationFound:
+    """A source of the answer; each URL once."""
+
+    url: str
+    title: str
+    snippet: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something the person must know although the answer goes on."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolRequested:
+    """The model asked for a function call, arguments final."""
+
+    call: ToolCall
+
+
+@dataclass(frozen=True, slots=True)
+class ServerToolProgress:
+    """A tool that OpenRouter or the provider runs itself has begun or finished."""
+
+    type: str
+    status: str
+    query: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class MediaProduced:
+    """The model made an image; `source` is a data URL, bare base64 or a URL."""
+
+    item: int
+    source: str = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class UsageReported:
+    """What one upstream call used, as OpenRouter said it."""
+
+    usage: UsageStats
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEnded:
+    """An upstream call ended well. `reason` is set when the answer is not complete."""
+
+    outcome: Literal["completed", "incomplete"]
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """The request failed; nothing follows."""
+
+    error: PipeError
+
+
+Emission = (
+    TextDelta
+    | RefusalDelta
+    | ReasoningDelta
+    | ItemClosed
+    | StatusUpdate
+    | CitationFound
+    | Notice
+    | ToolRequested
+    | ServerToolProgress
+    | MediaProduced
+    | UsageReported
+    | TurnEnded
+    | Failed
+)
+Sink = Callable[[Sequence[Emission]], Awaitable[None]]
+
+
+# ── 3. Errors & templates ────────────────────────────────────────────────────
+# One tree of errors that carry data; one place that turns them into words.
+# Promise: nothing rendered here names a key, a user or a session.
+# Doc: docs/errors_and_user_messages.md   Tests: tests/test_errors.py
+#
+# PipeError                     user_message, template, detail, retryable, retry_after
+# ├─ ConfigurationError         no API key, a host that is too old
+# ├─ AdmissionError             retiring
+# ├─ InputError                 the request cannot be translated
+# ├─ OpenRouterAPIError         OpenRouter refused, with its own words
+# │  └─ _RetryableHTTPStatusError   the same, and trying again may help
+# └─ StreamError                the stream was malformed, cut or failed
+
+
+class PipeError(Exception):
+    """Base of every failure that a person may see.
+
+    `template` names the row of `_ADVICE`; `detail` holds the words of whoever refused;
+    `retry_after` is in seconds and None when nobody named a time.
+    """
+
+    template: str = "internal"
+
+    def __init__(
+        self,
+        detail: str = "",
+        *,
+        template: str | None = None,
+        retryable: bool = False,
+        retry_after: float | None = None,
+        status: int | None = None,
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.template = template or type(self).template
+        self.retryable = retryable
+        self.retry_after = retry_after
+        self.status = status
+
+    @property
+    def user_message(self) -> str:
+        """The failure in plain words."""
+        return render_error(self)
+
+
+class ConfigurationError(PipeError):
+    """Something an administrator has to set."""
+
+    template = "configuration"
+
+
+class AdmissionError(PipeError):
+    """The request could not be taken or carried to its end here."""
+
+    template = "admission"
+
+
+class InputError(PipeError):
+    """The chat holds something that cannot be sent."""
+
+    template = "input"
+
+
+class OpenRouterAPIError(PipeError):
+    """OpenRouter answered with an error before the stream began."""
+
+    template = "provider"
+
+
+class _RetryableHTTPStatusError(OpenRouterAPIError):
+    """An error that another try may cure: 408, 429, 5xx, or `retryable` in the body."""
+
+
+class StreamError(PipeError):
+    """The stream broke, or said that it failed."""
+
+    template = "provider"
+
+
+# template -> (what happened, what to do now)
+_ADVICE: Final[dict[str, tuple[str, str]]] = {
+    "configuration": ("", ""),
+    "admission": ("", ""),
+    "input": ("This chat could not be sent.", ""),
+    "authentication": (
+        "OpenRouter did not accept the API key.",
+        "An administrator can set a valid one under Admin Panel → Functions → valves.",
+    ),
+    "credits": (
+        "The OpenRouter account has too little credit for this request.",
+        "Add credits, or allow fewer output tokens.",
+    ),
+    "rate_limit": ("Too many requests at the moment.", "Please try again later."),
+    "moderation": ("The request was refused by moderation.", "Please change the message."),
+    "not_found": ("No provider can serve this model now.", "Please choose another model."),
+    "provider": ("The model's provider reported an error.", ""),
+    "network": ("OpenRouter could not be reached.", "Please try again."),
+    "timeout": ("OpenRouter did not answer in time.", "Please try again."),
+    "internal": ("Something went wrong inside the pipe.", "The server's log has the details."),
+}
+
+
+def render_error(error: PipeError) -> str:
+    """Say what happened, in the provider's own words where there are some, and what to do."""
+    happened, advice = _ADVICE.get(error.template, _ADVICE["internal"])
+    words = _LINE_BREAKS_RE.sub(" ", error.detail).strip()
+    if words and words[-1] not in ".!?":
+        words += "."
+    if "try again" in words.lower():
+        advice = ""
+    if error.retry_after and error.retry_after > 1:
+        advice = f"Please try again in {_in_words(error.retry_after)}."
+    return " ".join(part for part in (happened, words, advice) if part)
+
+
+def _in_words(seconds: float) -> str:
+    """A waiting time as a person says it: `40 seconds`, `5 minutes`, `3 hours`."""
+    for size, name in ((3600, "hour"), (60, "minute")):
+        if seconds >= 2 * size:
+            return f"{round(seconds / size)} {name}s"
+    return f"{max(1, round(seconds))} seconds"
+
+
+# OpenRouter's errors (reference §10)
+
+_STATUS_TEMPLATES: Final[dict[int, str]] = {
+    401: "authentication",
+    402: "credits",
+    403: "moderation",
+    404: "not_found",
+    408: "timeout",
+    429: "rate_limit",
+    504: "timeout",
+    524: "timeout",
+}
+# `error_type` is exact where `error.code` is coarse (reference §10.2)
+_ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
+    "rate_limit_exceeded": ("rate_limit", True),
+    "provider_overloaded": ("provider", True),
+    "provider_unavailable": ("provider", True),
+    "timeout": ("timeout", True),
+    "server": ("provider", True),
+    "unmapped": ("provider", True),
+    "authentication": ("authentication", False),
+    "permission_denied": ("moderation", False),
+    "payment_required": ("credits", False),
+    "not_found": ("not_found", False),
+    "content_policy_violation": ("moderation", False),
+}
+_RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504, 529, *range(520, 527)})
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    """`value` if it is a mapping, else an empty one: any part of an error may be missing."""
+    return value if isinstance(value, Mapping) else {}
+
+
+def _is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether `value` is a number that can be added; True and False are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
+    """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
+    message = str(error.get("message") or "")
+    raw = metadata.get("raw")
+    if isinstance(raw, str) and raw.strip():
+        with contextlib.suppress(ValueError):
+            decoded = _json_loads(raw)
+            inner = _mapping(decoded).get("error", decoded)
+            if isinstance(inner, str):
+                return inner
+            return str(_mapping(inner).get("message") or message)
+        return raw.strip()[:600]
+    return message
+
+
+def _retry_after_s(headers: Mapping[str, str], availability: Mapping[str, Any], now: float) -> float | None:
+    """Seconds to wait as header (number or HTTP date) or body say; None when neither does."""
+    text = str(headers.get("Retry-After") or availability.get("retry_after") or "").strip()
+    if not text:
+        return None
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(text))
+    with contextlib.suppress(ValueError):
+        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
+    return None
+
+
+def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
+    """Turn an error answer of any shape of reference §10.1 into one error.
+
+    `now` is seconds since the epoch, for `Retry-After` given as a date.
+    """
+    body: Mapping[str, Any] = {}
+    with contextlib.suppress(ValueError):
+        body = _mapping(_json_loads(content))
+    error = _mapping(body.get("error"))
+    metadata = _mapping(error.get("metadata") or body.get("metadata"))
+    availability = _mapping(error.get("availability"))
+    code = error.get("code")
+    if status < 400 and isinstance(code, int):  # a late failure leaves with HTTP 200
+        status = code
+    words = _provider_words(error, metadata) or f"HTTP {status}"
+    retryable = bool(availability.get("retryable", status in _RETRYABLE_STATUS))
+    if "free-models-per-day" in words:
+        retryable = False
+    retry_after = _retry_after_s(headers, availability, now)
+    template = _STATUS_TEMPLATES.get(status, "provider")
+    if status == 403 and not (metadata.get("reasons") or metadata.get("patterns")):
+        template = "provider"
+    kind = _RetryableHTTPStatusError if retryable else OpenRouterAPIError
+    return kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
+
+
+def _event_error(error: Mapping[str, Any], error_type: str = "") -> StreamError:
+    """Turn an error that came inside a stream (reference §10.2) into one error."""
+    metadata = _mapping(error.get("metadata"))
+    code = error.get("code")
+    error_type = error_type or str(metadata.get("error_type") or "")
+    words = _provider_words(error, metadata) or str(code or "the stream failed")
+    status = code if isinstance(code, int) else None
+    if status is not None:
+        fallback = (_STATUS_TEMPLATES.get(status, "provider"), status in _RETRYABLE_STATUS)
+    else:
+        fallback = ("rate_limit", True) if code == "rate_limit_exceeded" else ("provider", False)
+    template, retryable = _ERROR_TYPES.get(error_type, fallback)
+    return StreamError(words, template=template, retryable=retryable, status=status)
+
+
+# ── 4. Security & helpers ────────────────────────────────────────────────────
+# Secrets at rest, and the small helpers that more than one floor needs.
+# Promise: a secret leaves an EncryptedStr only through `decrypt`, never through repr or str.
+# Doc: docs/security_and_encryption.md   Tests: tests/test_security.py
+
+_ENCRYPTED_PREFIX: Final = "encrypted:"
+
+
+class EncryptedStr(str):
+    """A secret valve: Fernet ciphertext behind `encrypted:`, or plain text where no key is known.
+
+    Open WebUI stores and shows what the model dumps, so the value itself is the ciphertext.
+    """
+
+    __slots__ = ()
+
+    @classmethod
+    def encrypt(cls, value: str, secret: str) -> EncryptedStr:
+        """Seal `value` with `secret`. Already sealed, empty, or without a secret: kept as it is."""
+        if not value or not secret or value.startswith(_ENCRYPTED_PREFIX):
+            return cls(value)
+        token = Fernet(_fernet_key(secret)).encrypt(value.encode()).decode()
+        return cls(_ENCRYPTED_PREFIX + token)
+
+    def decrypt(self, secret: str) -> str:
+        """The plain text.
+
+        Raises:
+            ConfigurationError: it was sealed with another secret, or the secret is gone.
+        """
+        text = str.__str__(self)
+        if not text.startswith(_ENCRYPTED_PREFIX):
+            return text
+        try:
+            return Fernet(_fernet_key(secret)).decrypt(text[len(_ENCRYPTED_PREFIX) :].encode()).decode()
+        except (InvalidToken, ValueError):
+            raise ConfigurationError(
+                "The stored API key can no longer be read, because the server's secret key has changed. "
+                "An administrator has to enter the key again."
+            ) from None
+
+    def __repr__(self) -> str:
+        return "EncryptedStr('…')" if self else "EncryptedStr('')"
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
+        """Validate as a string; the class is kept, the JSON schema says `string`."""
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+def _fernet_key(secret: str) -> bytes:
+    return base64.urlsafe_b64encode(hashlib.sha256(f"openrouter-responses-pipe:{secret}".encode()).digest())
+
+
+def _header_value(text: str) -> str:
+    """`text` as an HTTP header may carry it: printable ASCII, everything else dropped."""
+    return "".join(char for char in text if " " <= char <= "~").strip()
+
+
+def _new_item_id(kind: str) -> str:
+    """A fresh id for an item that the host keeps: `msg_…`, `rs_…`, `fc_…`."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+def _pipe_id(module_name: str, model: str = "") -> str:
+    """The id of the function that holds this code.
+
+    The host names the module `function_<id>` or `function_<id>_<32 hex>`; elsewhere the part of
+    `model` before the first dot serves.
+    """
+    match = _MODULE_NAME_RE.fullmatch(module_name)
+    return match["id"] if match else model.split(".", 1)[0] or module_name
+
+
+def _upstream_model_id(model: str) -> str:
+    """OpenRouter's id of a model that the host calls `<function id>.<model id>`."""
+    head, dot, tail = model.partition(".")
+    return tail if dot and "/" not in head and "@" not in head else model
+
+
+# ── 5. Session logging ───────────────────────────────────────────────────────
+# (empty)
+# Will hold: log lines that know their request, and the log of a failed request for its admin.
+
+
+# ── 6. Valves ────────────────────────────────────────────────────────────────
+# What an administrator and a user may set, and what the environment decides.
+# Promise: a stored value that no longer fits neither raises nor vanishes.
+# Doc: docs/valves_and_configuration_atlas.md   Tests: tests/test_valves.py
+
+
+@dataclass(frozen=True, slots=True)
+class HostEnvironment:
+    """What the host's environment decides, read once. `secret` seals valves; may be empty."""
+
+    secret: str = field(default="", repr=False)
+    webui_url: str = ""
+
+    @classmethod
+    def read(cls, environ: Mapping[str, str] = os.environ) -> HostEnvironment:
+        """Read the variables that Open WebUI itself reads."""
+        secret = environ.get("WEBUI_SECRET_KEY") or environ.get("WEBUI_JWT_SECRET_KEY") or ""
+        return cls(secret=secret, webui_url=environ.get("WEBUI_URL", "").rstrip("/"))
+
+
+class _Invalid(str):
+    """A stored value that its valve does not take: kept in the dump, replaced at use."""
+
+    __slots__ = ()
+
+
+class _LenientModel(BaseModel):
+    """Valves that load whatever was stored: numbers are clamped, the rest is set aside."""
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _never_raise(cls, value: Any, handler: Callable[[Any], Any], info: Any) -> Any:
+        try:
+            return handler(value)
+        except ValueError:
+            clamped = _clamp(cls.model_fields[info.field_name].metadata, value)
+            return handler(clamped) if clamped is not None else _Invalid(value)
+
+    @model_serializer(mode="plain")
+    def _dump_as_stored(self, info: SerializationInfo) -> JSONObject:
+        wanted = self.model_fields_set if info.exclude_unset else type(self).model_fields
+        return {name: value for name, value in self.__dict__.items() if name in wanted}
+
+    def problems(self) -> list[str]:
+        """The names of valves whose stored value is not used."""
+        return [name for name, value in self.__dict__.items() if isinstance(value, _Invalid)]
+
+
+def _clamp(bounds: Iterable[Any], value: Any) -> int | float | None:
+    """`value` moved inside `bounds` (pydantic's `Ge`/`Le`); None when it is no number at all."""
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return None
+    limits = [(getattr(bound, "ge", None), getattr(bound, "le", None)) for bound in bounds]
+    for low, high in limits:
+        number = number if low is None else max(number, low)
+        number = number if high is None else min(number, high)
+    if not limits or number != number:
+        return None
+    return int(number) if number == int(number) else number
+
+
+_SECRET_INPUT: Final[JSONObject] = {"input": {"type": "password"}}
+
+
+class _ConnectionValves(_LenientModel):
+    API_KEY: EncryptedStr = Field(
+        default=EncryptedStr(""),
+        description="OpenRouter API key (sk-or-…). Stored encrypted.",
+        json_schema_extra=_SECRET_INPUT,
+    )
+    BASE_URL: str = Field(
+        default="https://openrouter.ai/api/v1", description="Address of the API, without a trailing slash."
+    )
+    ALLOW_USER_API_KEYS: bool = Field(default=False, description="Let users enter a key of their own.")
+    CONNECT_TIMEOUT_SECONDS: int = Field(
+        default=10, ge=1, le=60, description="Seconds to wait for a connection."
+    )
+    TIMEOUT: int = Field(
+        default=300, ge=10, le=3600, description="Seconds without a single byte before an answer is given up."
+    )
+    REQUEST_DEADLINE_SECONDS: int = Field(
+        default=3600, ge=0, le=86400, description="Seconds for one whole answer; 0 = no limit."
+    )
+    RETRY_ATTEMPTS: int = Field(
+        default=3,
+        ge=0,
+        le=10,
+        description="Further tries after a passing failure, while nothing was shown yet.",
+    )
+    RETRY_MAX_WAIT_SECONDS: int = Field(
+        default=30,
+        ge=1,
+        le=300,
+        description="Longest wait before another try; a longer one is shown as an error.",
+    )
+    APP_URL: str = Field(default="", description="Sent as HTTP-Referer; empty = Open WebUI's own address.")
+    APP_TITLE: str = Field(default="Open WebUI", description="Sent as the application's name.")
+    APP_CATEGORIES: str = Field(
+        default="general-chat", description="Comma list, two at most, for OpenRouter."
+    )
+    SUPPORT_CONTACT: str = Field(default="", description="Whom to ask for help; shown under error messages.")
+
+
+class _StreamingValves(_ConnectionValves):
+    STREAMING_UPDATE_PROFILE: Literal["auto", "quick", "normal", "slow", "custom"] = Field(
+        default="auto",
+        description="How often text reaches the page. auto = at once; custom = the two valves below.",
+    )
+    STREAMING_UPDATE_CHAR_LIMIT: int = Field(
+        default=20, ge=10, le=500, description="Profile custom: this many characters leave at once."
+    )
+    STREAMING_IDLE_FLUSH_MS: int = Field(
+        default=250, ge=0, le=2000, description="Profile custom: milliseconds that fewer characters may wait."
+    )
+    SHOW_THINKING: bool = Field(default=True, description="Show the model's reasoning.")
+    SHOW_FINAL_USAGE_STATUS: bool = Field(
+        default=True, description="Show time, tokens and cost when an answer is complete."
+    )
+
+
+class Valves(_StreamingValves):
+    """What an administrator may set (Admin Panel → Functions → valves)."""
+
+    @field_validator("API_KEY", mode="after")
+    @classmethod
+    def _seal(cls, value: EncryptedStr) -> EncryptedStr:
+        return _sealed(value)
+
+
+class UserValves(_LenientModel):
+    """What each user may set for themselves; `inherit` keeps the administrator's value."""
+
+    API_KEY: EncryptedStr = Field(
+        default=EncryptedStr(""),
+        description="Your own OpenRouter key, if the administrator allows it. Stored encrypted.",
+        json_schema_extra=_SECRET_INPUT,
+    )
+    STREAMING_UPDATE_PROFILE: Literal["inherit", "auto", "quick", "normal", "slow", "custom"] = Field(
+        default="inherit", description="How often text reaches the page."
+    )
+    STREAMING_UPDATE_CHAR_LIMIT: Literal["inherit"] | int = Field(
+        default="inherit", description="Profile custom: 10 to 500 characters."
+    )
+    STREAMING_IDLE_FLUSH_MS: Literal["inherit"] | int = Field(
+        default="inherit", description="Profile custom: 0 to 2000 milliseconds."
+    )
+    SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
+        default="inherit", description="Show the model's reasoning."
+    )
+    SHOW_FINAL_USAGE_STATUS: Literal["inherit", "on", "off"] = Field(
+        default="inherit", description="Show time, tokens and cost when an answer is complete."
+    )
+
+    @field_validator("API_KEY", mode="after")
+    @classmethod
+    def _seal(cls, value: EncryptedStr) -> EncryptedStr:
+        return _sealed(value)
+
+
+def _sealed(value: str) -> EncryptedStr:
+    secret = HostEnvironment.read().secret
+    if value and not secret:
+        LOGGER.warning("No WEBUI_SECRET_KEY is set: the API key is stored as plain text.")
+    return EncryptedStr.encrypt(value, secret)
+
+
+_SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
+
+
+def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
+    """`valves` with what a user has set in place of `inherit`; what does not fit is ignored.
+
+    `user_valves` is the host's `UserValves` object, of this load of the file or an earlier one.
+    """
+    changes: JSONObject = {}
+    for name in UserValves.model_fields:
+        value = getattr(user_valves, name, "inherit")
+        if value in ("inherit", "", None) or isinstance(value, _Invalid):
+            continue
+        if name == "API_KEY" and not valves.ALLOW_USER_API_KEYS:
+            continue
+        value = _SWITCHES.get(value, value) if isinstance(value, str) else value
+        clamped = _clamp(Valves.model_fields[name].metadata, value)
+        changes[name] = value if clamped is None or isinstance(value, bool) else clamped
+    return valves.model_copy(update=changes) if changes else valves
+
+
+def _resolve_valves(valves: Valves, user_valves: Any = None) -> Valves:
+    """The settings of one request: defaults for stored values that do not fit, then the user's own."""
+    bad = valves.problems()
+    if bad:
+        defaults = {name: type(valves).model_fields[name].get_default() for name in bad}
+        valves = valves.model_copy(update=defaults)
+    return _merge_user_valves(valves, user_valves)
+
+
+def _connection(valves: Valves, env: HostEnvironment) -> Connection:
+    """Where and how a request with these valves goes out (reference §2).
+
+    Raises:
+        ConfigurationError: there is no key, or the address is none.
+    """
+    key = EncryptedStr(valves.API_KEY).decrypt(env.secret).strip()
+    if not key:
+        raise ConfigurationError(
+            "No OpenRouter API key is set. An administrator can enter one under "
+            "Admin Panel → Functions → OpenRouter → valves (API_KEY)."
+        )
+    base_url = valves.BASE_URL.strip().rstrip("/")
+    if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
+        raise ConfigurationError(
+            "The valve BASE_URL is not an http(s) address; an administrator has to correct it."
+        )
+    named = {
+        "HTTP-Referer": valves.APP_URL or env.webui_url,
+        "X-OpenRouter-Title": valves.APP_TITLE,
+        "X-OpenRouter-Categories": valves.APP_CATEGORIES,
+    }
+    headers = tuple((name, clean) for name, text in named.items() if (clean := _header_value(text)))
+    return Connection(
+        base_url=base_url,
+        key=_header_value(key),
+        headers=headers,
+        connect_timeout_s=float(valves.CONNECT_TIMEOUT_SECONDS),
+        idle_timeout_s=float(valves.TIMEOUT),
+    )
+
+
+def _update_limits(valves: Valves) -> tuple[int, float]:
+    """(characters, seconds) of the chosen streaming profile."""
+    custom = (valves.STREAMING_UPDATE_CHAR_LIMIT, valves.STREAMING_IDLE_FLUSH_MS)
+    chars, wait_ms = _STREAMING_PRESETS.get(valves.STREAMING_UPDATE_PROFILE, custom)
+    return chars, wait_ms / 1000
+
+
+# ── 7. Host seam ─────────────────────────────────────────────────────────────
+# Every symbol of Open WebUI that is used, old or new, behind one class.
+# Promise: no other floor knows which version of the host is running.
+# Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
+
+
+class OpenWebUIHost:
+    """What is asked of the host. Without a host (terminal) every answer is neutral."""
+
+    def __init__(self, version: str | None = _HOST_VERSION) -> None:
+        self.version = version
+
+    def check_version(self) -> None:
+        """Refuse a host that would show or save nothing.
+
+        Raises:
+            ConfigurationError: Open WebUI is older than 0.11.2.
+        """
+        if self.version is None:
+            return
+        numbers = tuple(int(part) for part in re.findall(r"\d+", self.version)[:3])
+        if numbers and numbers < _MINIMUM_HOST:
+            needed = ".".join(map(str, _MINIMUM_HOST))
+            raise ConfigurationError(
+                f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
+            )
+
+
+# ── 8. Model registry ────────────────────────────────────────────────────────
+# The catalog of OpenRouter, fresh enough, and what it says of each model.
+# Promise: a page load never fails because of it, and concurrent ones cause one fetch.
+# Doc: docs/model_catalog_and_routing.md   Tests: tests/test_model_registry.py
+
+CatalogFetcher = Callable[[Connection], Awaitable[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Catalog:
+    models: dict[str, ModelSpec]
+    fetched_at: float
+
+
+def _strings(value: Any) -> frozenset[str]:
+    """The strings of a list; nothing for anything else."""
+    return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
+
+
+def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
+    """One entry of `GET /models` (reference §11); None without an id. Unknown keys are ignored."""
+    model_id = entry.get("id")
+    if not isinstance(model_id, str) or not model_id:
+        return None
+    architecture = _mapping(entry.get("architecture"))
+    context = entry.get("context_length")
+    parameters = _strings(entry.get("supported_parameters"))
+    return ModelSpec(
+        id=model_id,
+        name=str(entry.get("name") or model_id),
+        context_length=context if isinstance(context, int) else None,
+        input_modalities=_strings(architecture.get("input_modalities")) or frozenset({"text"}),
+        output_modalities=_strings(architecture.get("output_modalities")) or frozenset({"text"}),
+        supported_parameters=parameters,
+        reasoning=isinstance(entry.get("reasoning"), Mapping) or "reasoning" in parameters,
+    )
+
+
+class OpenRouterModelRegistry:
+    """The catalog of each connection: fetched when first asked for, renewed when old.
+
+    `fetch` returns the JSON of `GET /models`; `clock` gives seconds that only grow.
+    """
+
+    def __init__(self, fetch: CatalogFetcher, clock: Callable[[], float]) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._catalogs: dict[tuple[str, str], _Catalog] = {}
+        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
+        self._failed: dict[tuple[str, str], tuple[float, PipeError]] = {}
+
+    async def ensure_loaded(self, connection: Connection) -> dict[str, ModelSpec]:
+        """The models by id. An old catalog serves while a new one cannot be had.
+
+        Raises:
+            PipeError: there is no catalog at all; asked again at most every 15 seconds.
+        """
+        key = (connection.base_url, hashlib.sha256(connection.key.encode()).hexdigest())
+        lock = self._locks.setdefault(key, asyncio.Lock())
+        async with lock:
+            catalog = self._catalogs.get(key)
+            now = self._clock()
+            if catalog is not None and now - catalog.fetched_at < _CATALOG_REFRESH_S:
+                return catalog.models
+            failed_at, error = self._failed.get(key, (None, None))
+            if error is None or failed_at is None or now - failed_at >= _CATALOG_RETRY_S:
+                try:
+                    catalog = self._catalogs[key] = await self._load(connection)
+                    self._failed.pop(key, None)
+                    return catalog.models
+                except PipeError as exc:
+                    LOGGER.warning("The model list could not be loaded: %s", exc.detail)
+                    self._failed[key] = (now, exc)
+                    error = exc
+            if catalog is None:
+                raise error
+            return catalog.models
+
+    async def get(self, connection: Connection, model_id: str) -> ModelSpec:
+        """What is known of a model; a plain text model where the catalog does not have it."""
+        with contextlib.suppress(PipeError):
+            models = await self.ensure_loaded(connection)
+            spec = models.get(model_id) or models.get(model_id.rsplit(":", 1)[0])
+            if spec is not None:
+                return spec
+        return ModelSpec(id=model_id, name=model_id)
+
+    async def _load(self, connection: Connection) -> _Catalog:
+        answer = _mapping(await self._fetch(connection))
+        entries = answer.get("data")
+        specs = [_model_spec(_mapping(entry)) for entry in entries] if isinstance(entries, list) else []
+        models = {spec.id: spec for spec in specs if spec is not None}
+        if not models:
+            raise OpenRouterAPIError("The model list that OpenRouter sent is empty", retryable=True)
+        return _Catalog(models, self._clock())
+
+
+def _menu(models: Mapping[str, ModelSpec]) -> list[dict[str, str]]:
+    """The entries of Open WebUI's model menu: `{id, name}`, by name."""
+    chat = [spec for spec in models.values() if spec.writes_text]
+    return [{"id": spec.id, "name": spec.name} for spec in sorted(chat, key=lambda spec: spec.name.lower())]
+
+
+def _setup_entry(text: str) -> list[dict[str, str]]:
+    """One entry that says in the menu what is missing."""
+    return [{"id": _SETUP_MODEL_ID, "name": f"OpenRouter: {text}"}]
+
+
+# ── 9. Request models ────────────────────────────────────────────────────────
+# Open WebUI's chat body in, the body of `POST /responses` out.
+# Promise: pure; a bad chat raises InputError with a sentence, nothing else.
+# Doc: docs/history_and_request_transforms.md   Tests: tests/test_request_models.py
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionsBody:
+    """The body that Open WebUI hands over, taken apart; `parameters` is all that is not history."""
+
+    model: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...]
+    parameters: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> CompletionsBody:
+        """Check the outline of a chat body.
+
+        Raises:
+            InputError: `messages` is missing, empty, or no list of objects.
+        """
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InputError("It holds no messages")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise InputError("One of its messages is not an object")
+        tools = body.get("tools")
+        return cls(
+            model=_upstream_model_id(str(body.get("model") or "")),
+            messages=tuple(messages),
+            tools=tuple(tool for tool in tools if isinstance(tool, Mapping))
+            if isinstance(tools, list)
+            else (),
+            parameters={name: value for name, value in body.items() if name not in _NOT_PARAMETERS},
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ResponsesBody:
+    """A body for `POST /responses`, and what the person must know about it."""
+
+    payload: JSONObject
+    notices: tuple[str, ...] = ()
+
+    @classmethod
+    def from_completions(cls, body: CompletionsBody, spec: ModelSpec, *, offer_tools: bool) -> ResponsesBody:
+        """Translate a chat for the model `spec`; functions are offered if it takes them.
+
+        Raises:
+            InputError: nothing is left to send, or a parameter has a value of the wrong kind.
+        """
+        history = _transform_messages_to_input(body.messages, spec)
+        if not history.items:
+            raise InputError("It holds nothing that could be answered")
+        payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
+        if history.instructions:
+            payload["instructions"] = history.instructions
+        if spec.reasoning:
+            payload["include"] = ["reasoning.encrypted_content"]
+            payload["reasoning"] = {"summary": "auto"}
+        parameters = dict(body.parameters)
+        tools = _to_response_tools(body.tools) if offer_tools and spec.takes_tools else []
+        if tools:
+            payload["tools"] = tools
+        else:
+            parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
+        _set_parameters(payload, parameters, spec)
+        return cls(payload, tuple(history.notices()))
+
+
+_NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options", "metadata"})
+_TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
+
+
+# History
+
+
+class _History:
+    """The items of a history while it is translated, and what had to be left out."""
+
+    __slots__ = ("_used_ids", "instructions", "items", "left_out")
+
+    def __init__(self) -> None:
+        self.instructions = ""
+        self.items: list[JSONObject] = []
+        self.left_out: dict[str, int] = {}
+        self._used_ids: set[str] = set()
+
+    def leave_out(self, what: str) -> None:
+        """Remember that one `what` was not sent."""
+        self.left_out[what] = self.left_out.get(what, 0) + 1
+
+    def notices(self) -> list[str]:
+        """A sentence for each kind of thing that was left out."""
+        return [f"Not sent to the model: {count} {what}." for what, count in self.left_out.items()]
+
+    def unique_call_id(self, call_id: str) -> str:
+        """`call_id`, renamed if an earlier call of the history has it."""
+        name, count = call_id, 1
+        while name in self._used_ids:
+            count += 1
+            name = f"{call_id}_{count}"
+        self._used_ids.add(name)
+        return name
+
+
+def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: ModelSpec) -> _History:
+    """Translate chat messages to input items (reference §4), in their order.
+
+    System messages at the head become the instructions; a call without its output, or an output
+    without its call, is dropped, because the API refuses a history that holds one.
+    """
+    history = _History()
+    history.instructions, rest = _extract_system_prompt(messages)
+    open_calls: dict[str, str] = {}
+    for position, message in enumerate(rest):
+        role = str(message.get("role") or "")
+        if role == "tool":
+            _add_tool_output(history, message, open_calls)
+            continue
+        build = _ROLE_BUILDERS.get(role)
+        if build is None:
+            history.leave_out(f"message(s) of the unknown role “{role}”")
+            continue
+        build(history, message, spec)
+        if message.get("tool_calls"):
+            open_calls = _add_calls(history, message, rest[position + 1 :])
+    return history
+
+
+def _extract_system_prompt(
+    messages: Sequence[Mapping[str, Any]],
+) -> tuple[str, Sequence[Mapping[str, Any]]]:
+    """(the text of the leading system messages, the messages after them)."""
+    texts: list[str] = []
+    for position, message in enumerate(messages):
+        if message.get("role") not in ("system", "developer"):
+            return "\n\n".join(texts), messages[position:]
+        text = _plain_text(message.get("content"))
+        if text.strip():
+            texts.append(text)
+    return "\n\n".join(texts), ()
+
+
+def _plain_text(content: Any) -> str:
+    """The text of a message's content, a string or a list of blocks."""
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        return ""
+    blocks = [block.get("text") for block in content if isinstance(block, Mapping)]
+    return "\n".join(text for text in blocks if isinstance(text, str))
+
+
+def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
+    content = message.get("content")
+    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    parts: list[JSONObject] = []
+    for block in blocks if isinstance(blocks, list) else []:
+        kind = str(_mapping(block).get("type") or "")
+        convert = _TO_INPUT.get(kind)
+        if convert is None:
+            history.leave_out(f"block(s) of the kind “{kind}”")
+        elif part := convert(_mapping(block), spec, history):
+            parts.append(part)
+    if parts:
+        history.items.append({"type": "message", "role": "user", "content": parts})
+
+
+def _add_system(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
+    text = _plain_text(message.get("content"))
+    if text.strip():
+        part = {"type": "input_text", "text": text}
+        history.items.append({"type": "message", "role": message["role"], "content": [part]})
+
+
+def _add_assistant(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
+    text = _plain_text(message.get("content"))
+    if text.strip():
+        # The easy form needs neither the id nor the status that the full form asks for.
+        history.items.append({"type": "message", "role": "assistant", "content": text})
+
+
+_ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
+    "user": _add_user,
+    "assistant": _add_assistant,
+    "system": _add_system,
+    "developer": _add_system,
+}
+
+
+def _add_calls(
+    history: _History, message: Mapping[str, Any], following: Sequence[Mapping[str, Any]]
+) -> dict[str, str]:
+    """Add the calls of an assistant message that have an output right after it.
+
+    Returns the ids that outputs will name, each with the id that was sent.
+    """
+    answered: set[str] = set()
+    for later in following:
+        if later.get("role") != "tool":
+            break
+        answered.add(str(later.get("tool_call_id") or ""))
+    sent: dict[str, str] = {}
+    calls = message.get("tool_calls")
+    for call in calls if isinstance(calls, list) else []:
+        function = _mapping(_mapping(call).get("function"))
+        call_id, name = str(_mapping(call).get("id") or ""), str(function.get("name") or "")
+        if not call_id or not name or call_id not in answered or call_id in sent:
+            history.leave_out("unanswered tool call(s)")
+            continue
+        sent[call_id] = history.unique_call_id(call_id)
+        arguments = str(function.get("arguments") or "{}")
+        history.items.append(
+            {"type": "function_call", "call_id": sent[call_id], "name": name, "arguments": arguments}
+        )
+    return sent
+
+
+def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: dict[str, str]) -> None:
+    call_id = open_calls.pop(str(message.get("tool_call_id") or ""), None)
+    if call_id is None:
+        history.leave_out("tool result(s) without a call")
+        return
+    output = _plain_text(message.get("content"))
+    history.items.append({"type": "function_call_output", "call_id": call_id, "output": output})
+
+
+# Content blocks
+
+
+def _to_input_text(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    text = block.get("text")
+    return {"type": "input_text", "text": text} if isinstance(text, str) and text else None
+
+
+def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    image = block.get("image_url")
+    url = image if isinstance(image, str) else _mapping(image).get("url")
+    if not isinstance(url, str) or not url.startswith(("data:image/", "https://")):
+        history.leave_out("picture(s) that could not be read")
+        return None
+    if not spec.takes_images:
+        history.leave_out("picture(s), because this model cannot see")
+        return None
+    detail = _mapping(image).get("detail")
+    return {"type": "input_image", "image_url": url, "detail": detail if isinstance(detail, str) else "auto"}
+
+
+_TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JSONObject | None]]] = {
+    "text": _to_input_text,
+    "input_text": _to_input_text,
+    "image_url": _to_input_image,
+}
+
+
+# Parameters
+
+
+def _as_number(name: str, value: Any) -> float:
+    if isinstance(value, bool):
+        raise InputError(f"The parameter {name} must be a number")
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise InputError(f"The parameter {name} must be a number, not “{str(value)[:40]}”") from None
+
+
+def _as_integer(name: str, value: Any) -> int:
+    return int(_as_number(name, value))
+
+
+def _as_switch(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InputError(f"The parameter {name} must be true or false")
+    return value
+
+
+def _as_text(name: str, value: Any) -> str:
+    if not isinstance(value, str):
+        raise InputError(f"The parameter {name} must be a text")
+    return value
+
+
+def _as_tool_choice(name: str, value: Any) -> Any:
+    """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
+    function = _mapping(_mapping(value).get("function"))
+    return {"type": "function", "name": function["name"]} if function.get("name") else value
+
+
+def _as_text_format(name: str, value: Any) -> JSONObject:
+    """`response_format` of chat becomes the flat `text.format`."""
+    if not isinstance(value, Mapping):
+        raise InputError(f"The parameter {name} must be an object")
+    schema = value.get("json_schema")
+    if value.get("type") != "json_schema" or not isinstance(schema, Mapping):
+        return dict(value)
+    known = {key: schema[key] for key in ("name", "schema", "strict", "description") if key in schema}
+    return {"type": "json_schema", **known}
+
+
+# chat parameter -> (where it goes, how its value is read); what has no row is not sent
+_PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]] = {
+    "temperature": (("temperature",), _as_number),
+    "top_p": (("top_p",), _as_number),
+    "top_k": (("top_k",), _as_integer),
+    "frequency_penalty": (("frequency_penalty",), _as_number),
+    "presence_penalty": (("presence_penalty",), _as_number),
+    "max_tokens": (("max_output_tokens",), _as_integer),
+    "max_completion_tokens": (("max_output_tokens",), _as_integer),
+    "num_predict": (("max_output_tokens",), _as_integer),
+    "reasoning_effort": (("reasoning", "effort"), _as_text),
+    "verbosity": (("text", "verbosity"), _as_text),
+    "response_format": (("text", "format"), _as_text_format),
+    "tool_choice": (("tool_choice",), _as_tool_choice),
+    "parallel_tool_calls": (("parallel_tool_calls",), _as_switch),
+}
+
+
+def _set_parameters(payload: JSONObject, parameters: Mapping[str, Any], spec: ModelSpec) -> None:
+    """Put the chat's parameters where `/responses` wants them (reference §3); None is not sent."""
+    for name, (path, convert) in _PARAMETERS.items():
+        value = parameters.get(name)
+        if value is None or (path[0] == "reasoning" and not spec.reasoning):
+            continue
+        target = payload
+        for step in path[:-1]:
+            target = target.setdefault(step, {})
+        target[path[-1]] = convert(name, value)
+
+
+def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
+    """Chat's nested function tools as the flat ones of `/responses` (reference §5)."""
+    flat: list[JSONObject] = []
+    for tool in tools:
+        function = _mapping(tool.get("function"))
+        if tool.get("type") != "function" or not function.get("name"):
+            continue
+        parameters = function.get("parameters") or {"type": "object", "properties": {}}
+        entry = {"type": "function", "name": function["name"], "parameters": parameters, "strict": None}
+        if function.get("description"):
+            entry["description"] = function["description"]
+        flat.append(entry)
+    return flat
+
+
+# ── 10. SSE decoder ──────────────────────────────────────────────────────────
+# Bytes in, frames out (https://html.spec.whatwg.org/multipage/server-sent-events.html).
+# Promise: pure; the same frames however the bytes were cut; work grows linearly.
+# Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_sse_decoder.py
+
+
+class SSEDecoder:
+    """Collects the `data` lines of an event stream; every other field and comment is passed over.
+
+    Unlike the specification it keeps a last frame whose blank line never came (reference §6).
+    """
+
+    def __init__(self, max_frame_bytes: int = _MAX_FRAME_BYTES) -> None:
+        self._max_frame_bytes = max_frame_bytes
+        self._pieces: list[bytes] = []  # a line whose end has not come
+        self._data: list[bytes] = []  # the data lines of the open frame
+        self._size = 0
+        self._skip_lf = False  # the last byte was a CR, which an LF may still belong to
+        self._first_line = True
+
+    def feed(self, chunk: bytes) -> list[SSEFrame]:
+        """Take one read of any size; return the frames that it completes.
+
+        Raises:
+            StreamError: a frame is larger than `max_frame_bytes`.
+        """
+        if self._skip_lf and chunk:
+            chunk = chunk.removeprefix(b"\n")
+            self._skip_lf = False
+        if b"\r" in chunk:
+            self._skip_lf = chunk.endswith(b"\r")
+            chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+        head, newline, tail = chunk.rpartition(b"\n")
+        if not newline:
+            self._keep(tail)
+            return []
+        lines = b"".join((*self._pieces, head)).split(b"\n")
+        self._pieces.clear()
+        frames = self._take(lines)
+        self._size = sum(map(len, self._data))
+        self._keep(tail)
+        return frames
+
+    def close(self) -> list[SSEFrame]:
+        """The stream has ended: return the frame that was still open, if there is one."""
+        line = b"".join(self._pieces)
+        self._pieces.clear()
+        return self._take([line, b""])
+
+    def _keep(self, piece: bytes) -> None:
+        if piece:
+            self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > self._max_frame_bytes:
+            raise StreamError(f"An event of more than {self._max_frame_bytes} bytes arrived")
+
+    def _take(self, lines: list[bytes]) -> list[SSEFrame]:
+        if self._first_line:
+            self._first_line = False
+            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+        frames: list[SSEFrame] = []
+        data = self._data
+        for line in lines:
+            if not line:
+                if data:
+                    frames.append(SSEFrame(data[0] if len(data) == 1 else b"\n".join(data)))
+                    data.clear()
+            elif line.startswith(b"data:"):
+                data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line == b"data":
+                data.append(b"")
+        return frames
+
+
+def parse_frame(frame: SSEFrame) -> StreamEvent | None:
+    """Decode a frame. None for `[DONE]`, an empty frame, and data that is no JSON object."""
+    data = frame.data
+    if not data.startswith(b"{") and not data.lstrip().startswith(b"{"):
+        return None
+    try:
+        payload = _json_loads(data)
+    except ValueError:
+        return None
+    return StreamEvent(str(payload.get("type") or ""), payload) if isinstance(payload, dict) else None
+
+
+# ── 11. Event reducer ────────────────────────────────────────────────────────
+# One stream event in, what it means out (reference §7).
+# Promise: pure; unknown events are counted, never an error; no text is given out twice.
+# Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_event_reducer.py
+
+
+@dataclass(slots=True)
+class _Item:
+    """One output item while it streams; `number` is its place in order of arrival."""
+
+    number: int
+    type: str
+    id: str = ""
+    index: int | None = None
+    payload: JSONObject = field(default_factory=dict)
+    parts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
+    closed: bool = False
+
+    def text(self, name: str, part: int = 0) -> str:
+        """What has been given out of one part."""
+        return "".join(self.parts.get((name, part), ()))
+
+
+@dataclass(slots=True)
+class StreamState:
+    """What one upstream call has said so far."""
+
+    items: list[_Item] = field(default_factory=list)
+    by_index: dict[int, _Item] = field(default_factory=dict)
+    by_id: dict[str, _Item] = field(default_factory=dict)
+    cited: set[str] = field(default_factory=set)
+    usage: UsageStats | None = None
+    unknown: dict[str, int] = field(default_factory=dict)
+    ended: bool = False
+
+
+Reducer = Callable[[StreamState, JSONObject], list[Emission]]
+
+
+def reduce_event(state: StreamState, event: StreamEvent) -> list[Emission]:
+    """What one event means. Changes `state` only; nothing counts after the first terminal event."""
+    if state.ended:
+        return []
+    reducer = _REDUCERS.get(event.type)
+    if reducer is not None:
+        return reducer(state, event.payload)
+    if not event.type and "error" in event.payload:
+        return _on_error(state, event.payload)
+    state.unknown[event.type] = state.unknown.get(event.type, 0) + 1
+    return []
+
+
+def reduce_events(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
+    """`reduce_event` over what arrived together; deltas of one part that follow each other are one."""
+    emissions: list[Emission] = []
+    for event in _join_runs(events):
+        emissions.extend(reduce_event(state, event))
+    return emissions
+
+
+def close_stream(state: StreamState) -> list[Emission]:
+    """The connection ended: a failure, unless the stream had said that it was complete."""
+    if state.ended:
+        return []
+    state.ended = True
+    return [Failed(StreamError("The connection ended before the answer was complete", retryable=True))]
+
+
+_RUN_KEYS: Final = ("output_index", "item_id", "content_index", "summary_index")
+
+
+def _join_runs(events: Iterable[StreamEvent]) -> Iterator[StreamEvent]:
+    run: StreamEvent | None = None
+    texts: list[str] = []
+    for event in events:
+        delta = event.payload.get("delta")
+        if not isinstance(delta, str):
+            yield from _one_event(run, texts)
+            run, texts = None, []
+            yield event
+        elif run is not None and _same_part(run, event):
+            texts.append(delta)
+        else:
+            yield from _one_event(run, texts)
+            run, texts = event, [delta]
+    yield from _one_event(run, texts)
+
+
+def _same_part(first: StreamEvent, second: StreamEvent) -> bool:
+    a, b = first.payload, second.payload
+    return first.type == second.type and all(a.get(key) == b.get(key) for key in _RUN_KEYS)
+
+
+def _one_event(run: StreamEvent | None, texts: list[str]) -> Iterator[StreamEvent]:
+    if run is None:
+        return
+    yield run if len(texts) == 1 else StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+
+
+# Items
+
+
+def _find_item(state: StreamState, payload: JSONObject, kind: str) -> _Item:
+    """The item an event speaks of, made as `kind` if its beginning was never announced.
+
+    Some providers give every item the same id, others change the id between events: the place
+    in the output is what can be trusted, the id only where there is no place.
+    """
+    index, item_id = payload.get("output_index"), payload.get("item_id")
+    known = state.by_index.get(index) if isinstance(index, int) else state.by_id.get(str(item_id))
+    return known or _add_item(state, {"type": kind, "id": item_id}, index)
+
+
+def _add_item(state: StreamState, payload: JSONObject, index: Any) -> _Item:
+    item = _Item(
+        number=len(state.items),
+        type=str(payload.get("type") or ""),
+        id=str(payload.get("id") or ""),
+        index=index if isinstance(index, int) else None,
+        payload=payload,
+    )
+    state.items.append(item)
+    if item.index is not None:
+        state.by_index[item.index] = item
+    if item.id:
+        state.by_id[item.id] = item
+    return item
+
+
+def _grow(item: _Item, name: str, part: Any, text: Any) -> list[Emission]:
+    """Give out more text of a part."""
+    if item.closed or not isinstance(text, str) or not text:
+        return []
+    part = part if isinstance(part, int) else 0
+    item.parts.setdefault((name, part), []).append(text)
+    return [_DELTAS[name](item.number, text, part)]
+
+
+def _fill(item: _Item, name: str, part: Any, full: Any) -> list[Emission]:
+    """Give out what is missing of a part whose full text is known now."""
+    if not isinstance(full, str) or item.closed:
+        return []
+    part = part if isinstance(part, int) else 0
+    shown = item.text(name, part)
+    return _grow(item, name, part, full[len(shown) :]) if full.startswith(shown) else []
+
+
+_DELTAS: Final[dict[str, Callable[[int, str, int], Emission]]] = {
+    "text": lambda number, text, part: TextDelta(number, text),
+    "refusal": lambda number, text, part: RefusalDelta(number, text),
+    "summary": lambda number, text, part: ReasoningDelta(number, text, part, "summary"),
+    "reasoning": lambda number, text, part: ReasoningDelta(number, text, part, "text"),
+}
+
+
+# Deltas: event type -> (type of its item, part's name, key of the part's number, key of the text)
+_DELTA_EVENTS: Final[dict[str, tuple[str, str, str, str]]] = {
+    "response.output_text.delta": ("message", "text", "content_index", "delta"),
+    "response.content_part.delta": ("message", "text", "content_index", "delta"),
+    "response.refusal.delta": ("message", "refusal", "content_index", "delta"),
+    "response.reasoning_text.delta": ("reasoning", "reasoning", "content_index", "delta"),
+    "response.reasoning.delta": ("reasoning", "reasoning", "content_index", "delta"),
+    "response.reasoning_summary_text.delta": ("reasoning", "summary", "summary_index", "delta"),
+}
+_DONE_EVENTS: Final[dict[str, tuple[str, str, str, str]]] = {
+    "response.output_text.done": ("message", "text", "content_index", "text"),
+    "response.refusal.done": ("message", "refusal", "content_index", "refusal"),
+    "response.reasoning_text.done": ("reasoning", "reasoning", "content_index", "text"),
+    "response.reasoning_summary_text.done": ("reasoning", "summary", "summary_index", "text"),
+}
+
+
+def _text_reducers(
+    rows: Mapping[str, tuple[str, str, str, str]], add: Callable[[_Item, str, Any, Any], list[Emission]]
+) -> dict[str, Reducer]:
+    """A reducer for each row: text counts only if its item is of the row's type (reference §7.5)."""
+
+    def reducer(kind: str, name: str, number_key: str, text_key: str) -> Reducer:
+        def reduce(state: StreamState, payload: JSONObject) -> list[Emission]:
+            item = _find_item(state, payload, kind)
+            if item.type != kind:
+                return []
+            return add(item, name, payload.get(number_key), payload.get(text_key))
+
+        return reduce
+
+    return {event: reducer(*row) for event, row in rows.items()}
+
+
+def _on_call_arguments(state: StreamState, payload: JSONObject) -> list[Emission]:
+    item = _find_item(state, payload, "function_call")
+    item.parts.setdefault(("arguments", 0), []).append(str(payload.get("delta") or ""))
+    return []
+
+
+def _on_call_arguments_done(state: StreamState, payload: JSONObject) -> list[Emission]:
+    item = _find_item(state, payload, "function_call")
+    final = {key: payload[key] for key in ("name", "arguments") if isinstance(payload.get(key), str)}
+    item.payload = {**item.payload, **final}
+    return []
+
+
+def _on_item_added(state: StreamState, payload: JSONObject) -> list[Emission]:
+    added = payload.get("item")
+    index = payload.get("output_index")
+    if not isinstance(added, dict) or (isinstance(index, int) and index in state.by_index):
+        return []
+    item = _add_item(state, added, index)
+    if item.type == "reasoning":
+        return [ReasoningDelta(item.number, "")]
+    if item.type in _SERVER_TOOLS or item.type.startswith("openrouter:"):
+        return [ServerToolProgress(item.type, "in_progress")]
+    return []
+
+
+def _on_part_done(state: StreamState, payload: JSONObject) -> list[Emission]:
+    part = _mapping(payload.get("part"))
+    number = payload.get("content_index", payload.get("summary_index"))
+    kind = "reasoning" if part.get("type") in ("reasoning_text", "summary_text") else "message"
+    item = _find_item(state, payload, kind)
+    return _fill_part(state, item, number, part) if item.type == kind else []
+
+
+# type of a part -> (its name here, key of its text)
+_PARTS: Final[dict[str, tuple[str, str]]] = {
+    "output_text": ("text", "text"),
+    "refusal": ("refusal", "refusal"),
+    "reasoning_text": ("reasoning", "text"),
+    "summary_text": ("summary", "text"),
+}
+
+
+def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, Any]) -> list[Emission]:
+    name, key = _PARTS.get(str(part.get("type")), ("", ""))
+    emissions = _fill(item, name, number, part.get(key)) if name else []
+    annotations = part.get("annotations")
+    for annotation in annotations if isinstance(annotations, list) else []:
+        emissions += _cite(state, _mapping(annotation))
+    return emissions
+
+
+def _on_annotation(state: StreamState, payload: JSONObject) -> list[Emission]:
+    return _cite(state, _mapping(payload.get("annotation")))
+
+
+def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
+    url = annotation.get("url")
+    if annotation.get("type") != "url_citation" or not isinstance(url, str) or not url or url in state.cited:
+        return []
+    state.cited.add(url)
+    title = str(annotation.get("title") or "") or _host_of(url)
+    return [CitationFound(url, title, str(annotation.get("content") or ""))]
+
+
+def _host_of(url: str) -> str:
+    try:
+        return urlsplit(url).hostname or url
+    except ValueError:
+        return url
+
+
+def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
+    done = payload.get("item")
+    if not isinstance(done, dict):
+        return []
+    index = payload.get("output_index")
+    known = state.by_index.get(index) if isinstance(index, int) else state.by_id.get(str(done.get("id")))
+    return _finish_item(state, known or _add_item(state, done, index), done)
+
+
+def _finish_item(state: StreamState, item: _Item, done: JSONObject) -> list[Emission]:
+    if item.closed:
+        return []
+    item.type = str(done.get("type") or item.type)
+    item.payload = {**item.payload, **done}
+    finish = _ITEM_FINISHERS.get(item.type, _finish_server_tool)
+    emissions = finish(state, item)
+    item.closed = True
+    return emissions
+
+
+def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
+    emissions: list[Emission] = []
+    content = item.payload.get("content")
+    for number, part in enumerate(content if isinstance(content, list) else []):
+        emissions += _fill_part(state, item, number, _mapping(part))
+    return [*emissions, ItemClosed(item.number, "message", item.payload)]
+
+
+def _finish_reasoning(state: StreamState, item: _Item) -> list[Emission]:
+    emissions: list[Emission] = []
+    for key in ("summary", "content"):
+        parts = item.payload.get(key)
+        for number, part in enumerate(parts if isinstance(parts, list) else []):
+            whole = {"type": "summary_text", "text": part} if isinstance(part, str) else _mapping(part)
+            emissions += _fill_part(state, item, number, whole)
+    return [*emissions, ItemClosed(item.number, "reasoning", item.payload)]
+
+
+def _finish_call(state: StreamState, item: _Item) -> list[Emission]:
+    arguments = item.payload.get("arguments") or item.text("arguments") or "{}"
+    name = str(item.payload.get("name") or "")
+    call_id = str(item.payload.get("call_id") or item.id or f"call_{item.number}")
+    return [ToolRequested(ToolCall(call_id, name, str(arguments)))] if name else []
+
+
+def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
+    source = next((v for key in _IMAGE_KEYS if isinstance(v := item.payload.get(key), str) and v), None)
+    produced = [MediaProduced(item.number, source)] if source else []
+    return [*produced, *_finish_server_tool(state, item)]
+
+
+def _finish_server_tool(state: StreamState, item: _Item) -> list[Emission]:
+    query = str(_mapping(item.payload.get("action")).get("query") or "")
+    return [ServerToolProgress(item.type, str(item.payload.get("status") or "completed"), query)]
+
+
+_IMAGE_KEYS: Final = ("result", "imageB64", "imageUrl")
+_SERVER_TOOLS: Final = frozenset(
+    {"web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "computer_call"}
+)
+_ITEM_FINISHERS: Final[dict[str, Callable[[StreamState, _Item], list[Emission]]]] = {
+    "message": _finish_message,
+    "reasoning": _finish_reasoning,
+    "function_call": _finish_call,
+    "image_generation_call": _finish_image,
+    "openrouter:image_generation": _finish_image,
+}
+
+
+# Lifecycle
+
+
+def _on_nothing(state: StreamState, payload: JSONObject) -> list[Emission]:
+    return []
+
+
+def _on_completed(state: StreamState, payload: JSONObject) -> list[Emission]:
+    response = _mapping(payload.get("response"))
+    return [*_finish_all(state, response), TurnEnded("completed")]
+
+
+def _on_incomplete(state: StreamState, payload: JSONObject) -> list[Emission]:
+    response = _mapping(payload.get("response"))
+    reason = str(_mapping(response.get("incomplete_details")).get("reason") or "")
+    return [*_finish_all(state, response), TurnEnded("incomplete", reason)]
+
+
+def _on_done(state: StreamState, payload: JSONObject) -> list[Emission]:
+    """`response.done` is an alias; the status inside says how it ended."""
+    status = str(_mapping(payload.get("response")).get("status") or "completed")
+    ends = {"failed": _on_failed, "incomplete": _on_incomplete}
+    return ends.get(status, _on_completed)(state, payload)
+
+
+def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
+    response = _mapping(payload.get("response"))
+    emissions = _report_usage(state, response)
+    state.ended = True
+    error = _event_error(_mapping(response.get("error")), str(response.get("error_type") or ""))
+    return [*emissions, Failed(error)]
+
+
+def _on_error(state: StreamState, payload: JSONObject) -> list[Emission]:
+    """The flat, the nested and the untyped shape of reference §7.1."""
+    state.ended = True
+    nested = payload.get("error")
+    return [Failed(_event_error(nested if isinstance(nested, Mapping) else payload))]
+
+
+def _finish_all(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
+    """Close every item with what the final object knows, and report the usage."""
+    emissions: list[Emission] = []
+    output = response.get("output")
+    unmatched = list(state.items)
+    for index, final in enumerate(output if isinstance(output, list) else []):
+        if not isinstance(final, dict):
+            continue
+        item = _match(unmatched, final, index)
+        if item is None:
+            item = _add_item(state, final, None)
+        else:
+            unmatched.remove(item)
+        emissions += _finish_item(state, item, final)
+    for item in unmatched:
+        if not item.closed and item.type in _ITEM_FINISHERS:
+            emissions += _finish_item(state, item, {})
+    state.ended = True
+    return [*emissions, *_report_usage(state, response)]
+
+
+def _match(items: list[_Item], final: JSONObject, index: int) -> _Item | None:
+    """The streamed item that a final one repeats: by id, else by place, else the next of its type."""
+    same_type = [item for item in items if item.type == final.get("type")]
+    final_id = final.get("id")
+    by_id = (item for item in same_type if item.id and item.id == final_id)
+    by_index = (item for item in same_type if item.index == index)
+    return next(by_id, None) or next(by_index, None) or next(iter(same_type), None)
+
+
+def _report_usage(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
+    usage = response.get("usage")
+    if not isinstance(usage, dict):
+        return []
+    state.usage = cast(UsageStats, usage)
+    return [UsageReported(state.usage)]
+
+
+def _merge_usage_stats(first: Mapping[str, Any], second: Mapping[str, Any]) -> JSONObject:
+    """The sum of two usages: numbers are added at every depth, other values of `second` win."""
+    merged: JSONObject = dict(first)
+    for key, value in second.items():
+        old = merged.get(key)
+        if isinstance(value, Mapping) and isinstance(old, Mapping):
+            merged[key] = _merge_usage_stats(old, value)
+        elif _is_number(value) and _is_number(old):
+            merged[key] = old + value
+        elif value is not None or key not in merged:
+            merged[key] = value
+    return merged
+
+
+_REDUCERS: Final[dict[str, Reducer]] = {
+    **_text_reducers(_DELTA_EVENTS, _grow),
+    **_text_reducers(_DONE_EVENTS, _fill),
+    "response.created": _on_nothing,
+    "response.queued": _on_nothing,
+    "response.in_progress": _on_nothing,
+    "response.debug": _on_nothing,
+    "response.output_item.added": _on_item_added,
+    "response.output_item.done": _on_item_done,
+    "response.content_part.added": _on_nothing,
+    "response.content_part.done": _on_part_done,
+    "response.reasoning_summary_part.added": _on_nothing,
+    "response.reasoning_summary_part.done": _on_part_done,
+    "response.output_text.annotation.added": _on_annotation,
+    "response.function_call_arguments.delta": _on_call_arguments,
+    "response.function_call_arguments.done": _on_call_arguments_done,
+    "response.completed": _on_completed,
+    "response.incomplete": _on_incomplete,
+    "response.done": _on_done,
+    "response.failed": _on_failed,
+    "response.error": _on_error,
+    "error": _on_error,
+}
+
+
+# ── 12. HTTP client ──────────────────────────────────────────────────────────
+# Authorised HTTP to OpenRouter, and how long to wait before another try.
+# Promise: a stream is opened once and never retried here; every failure is a PipeError.
+# Doc: docs/openrouter_http_client.md   Tests: tests/test_http_client.py
+
+
+class OpenRouterClient:
+    """One aiohttp session, made at the first request and bound to the loop it was made on.
+
+    `now` gives seconds since the epoch.
+    """
+
+    def __init__(self, now: Callable[[], float] = time.time) -> None:
+        self._now = now
+        self._session: aiohttp.ClientSession | None = None
+
+    async def get_json(self, connection: Connection, path: str) -> Any:
+        """The decoded answer of `GET path`.
+
+        Raises:
+            PipeError: it could not be reached, refused, or sent no JSON.
+        """
+        async with self._request("GET", connection, path, None) as response:
+            content = await self._read(response, _MAX_JSON_BYTES)
+        try:
+            return _json_loads(content)
+        except ValueError:
+            raise OpenRouterAPIError("The answer is not JSON", retryable=True) from None
+
+    @contextlib.asynccontextmanager
+    async def open_stream(
+        self, connection: Connection, path: str, payload: JSONObject
+    ) -> AsyncGenerator[AsyncGenerator[bytes, None], None]:
+        """Send `payload` and give its answer as reads of any size; leaving closes the socket at once.
+
+        Raises:
+            PipeError: it could not be reached or refused, or the connection broke.
+        """
+        async with self._request("POST", connection, path, payload) as response:
+            if "json" in response.content_type:  # a late failure, or a proxy that does not stream
+                content = await self._read(response, _MAX_JSON_BYTES)
+                if "error" in _mapping(_json_loads(content)):
+                    raise _api_error(response.status, response.headers, content, self._now())
+                raise OpenRouterAPIError("OpenRouter sent no stream")
+            yield self._reads(response)
+
+    async def aclose(self) -> None:
+        """Close the session and its sockets."""
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    @contextlib.asynccontextmanager
+    async def _request(
+        self, method: str, connection: Connection, path: str, payload: JSONObject | None
+    ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
+        timeout = aiohttp.ClientTimeout(
+            total=None, sock_connect=connection.connect_timeout_s, sock_read=connection.idle_timeout_s
+        )
+        headers = {"Authorization": f"Bearer {connection.key}", **dict(connection.headers)}
+        if payload is not None:
+            headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
+            # A compressing proxy would hold events back.
+            headers["Accept-Encoding"] = "identity"
+        data = None if payload is None else _json_dumps(payload)
+        try:
+            response = await self._open_session().request(
+                method, connection.base_url + path, data=data, headers=headers, timeout=timeout
+            )
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            raise _network_error(exc) from exc
+        try:
+            if response.status >= 400:
+                content = await self._read(response, _MAX_ERROR_BYTES)
+                raise _api_error(response.status, response.headers, content, self._now())
+            yield response
+        finally:
+            # Not `release`: after a cancellation nothing more may be awaited, and an unread rest
+            # must not keep the model writing. A body that was read to its end is back in the pool.
+            response.close()
+
+    async def _reads(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
+        try:
+            async for chunk in response.content.iter_any():
+                yield chunk
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            raise _network_error(exc) from exc
+
+    async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
+        content = bytearray()
+        async for chunk in self._reads(response):
+            content += chunk
+            if len(content) > limit:
+                break
+        return bytes(content)
+
+    def _open_session(self) -> aiohttp.ClientSession:
+        if self._session is None or self._session.closed:
+            connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
+            self._session = aiohttp.ClientSession(connector=connector, trust_env=True)
+        return self._session
+
+
+def _network_error(exc: BaseException) -> StreamError:
+    """A failure below HTTP, in words that hold no address and no key."""
+    if isinstance(exc, TimeoutError):
+        return StreamError("No answer came in time", template="timeout", retryable=True)
+    words = {
+        aiohttp.ClientConnectorCertificateError: "Its certificate could not be verified",
+        aiohttp.ClientConnectorDNSError: "Its name could not be resolved",
+        aiohttp.ClientConnectorError: "The connection was refused or failed",
+        aiohttp.ClientPayloadError: "The connection was cut in the middle of the answer",
+        aiohttp.ServerDisconnectedError: "The server closed the connection",
+        aiohttp.InvalidURL: "The valve BASE_URL is not a valid address",
+    }
+    detail = next((text for kind, text in words.items() if isinstance(exc, kind)), type(exc).__name__)
+    return StreamError(detail, template="network", retryable=not isinstance(exc, aiohttp.InvalidURL))
+
+
+class _RetryWait:
+    """Seconds before the next try: what the error names, else exponential with jitter.
+
+    `chance` gives numbers from 0 to 1.
+    """
+
+    def __init__(self, longest_s: float, chance: Callable[[], float] = random.random) -> None:
+        self._longest_s = longest_s
+        self._chance = chance
+
+    def __call__(self, retry_state: RetryCallState) -> float:
+        """The wait after a try that failed, for tenacity."""
+        error = retry_state.outcome.exception() if retry_state.outcome else None
+        named = error.retry_after if isinstance(error, PipeError) else None
+        if named is not None:
+            return min(named, self._longest_s)
+        return min(2.0 ** (retry_state.attempt_number - 1) * (0.5 + self._chance()), self._longest_s)
+
+    def allows(self, error: BaseException) -> bool:
+        """Whether another try may help: the error passes by, and within the longest wait."""
+        return (
+            isinstance(error, PipeError) and error.retryable and (error.retry_after or 0) <= self._longest_s
+        )
+
+
+# ── 13. Emitters & outlet ────────────────────────────────────────────────────
+# What has happened, written the way this kind of client reads it.
+# Promise: well-formed events only; deltas are joined, never dropped; an emitter that fails is survived.
+# Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_emitters.py
+
+
+class Piece(NamedTuple):
+    """A delta on its way out; pieces with the same `build` may leave as one."""
+
+    build: Callable[[str], JSONObject]
+    text: str
+
+
+Entry = JSONObject | Piece
+
+
+class DeltaBuffer:
+    """Text that waits for its reader: joined, and whole where UTF-16 pairs were split.
+
+    `char_limit` characters leave at once, fewer after `idle_s` seconds; `now` is in seconds.
+    """
+
+    def __init__(self, char_limit: int = 0, idle_s: float = 0.0) -> None:
+        self._char_limit = char_limit
+        self._idle_s = idle_s
+        self._pieces: list[str] = []
+        self._size = 0
+        self._since = 0.0
+        self._half = ""  # the first half of a pair; its other half is on the way
+
+    def push(self, text: str, now: float) -> None:
+        """Add text that has arrived."""
+        if not self._pieces:
+            self._since = now
+        self._pieces.append(text)
+        self._size += len(text)
+
+    def due(self, now: float) -> float | None:
+        """Seconds until the text should leave; None while there is none."""
+        if not self._pieces:
+            return None
+        if self._size >= self._char_limit:
+            return 0.0
+        return max(0.0, self._since + self._idle_s - now)
+
+    def flush(self, *, final: bool = False) -> str:
+        """Take all that can leave. A split pair waits for its half, unless nothing can follow."""
+        text = self._half + "".join(self._pieces)
+        self._pieces.clear()
+        self._size = 0
+        self._half = ""
+        if not final and text and "\ud800" <= text[-1] <= "\udbff":
+            self._half, text = text[-1], text[:-1]
+        return _whole_text(text)
+
+
+@dataclass(slots=True)
+class _Run:
+    """Pieces of one item that wait at the outlet. `closed`: something else came after them."""
+
+    build: Callable[[str], JSONObject]
+    buffer: DeltaBuffer
+    closed: bool = False
+
+
+class Outlet:
+    """What leaves `pipe()`, at the pace of its reader.
+
+    `limits` is (characters, seconds) of the streaming profile; `clock` gives seconds that only grow.
+    """
+
+    def __init__(self, limits: tuple[int, float], clock: Callable[[], float]) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._entries: deque[JSONObject | _Run] = deque()
+        self._waiting_chars = 0
+        self._shown = False
+        self._result: JSONObject | None = None
+        self._finished = False
+        self._arrived = asyncio.Event()
+        self._room = asyncio.Event()
+        self._room.set()
+
+    def put(self, entry: Entry) -> None:
+        """Queue an entry behind all others."""
+        last = self._entries[-1] if self._entries else None
+        if isinstance(entry, Piece):
+            self._put_piece(entry, last)
+        else:
+            if isinstance(last, _Run):
+                last.closed = True
+            self._entries.append(entry)
+        self._arrived.set()
+        if self._waiting_chars > _OUTLET_MAX_CHARS or len(self._entries) > _OUTLET_MAX_ENTRIES:
+            self._room.clear()
+
+    def _put_piece(self, piece: Piece, last: JSONObject | _Run | None) -> None:
+        if not isinstance(last, _Run) or last.build is not piece.build:
+            if isinstance(last, _Run):
+                last.closed = True
+            last = _Run(piece.build, DeltaBuffer(*self._limits))
+            self._entries.append(last)
+        last.buffer.push(piece.text, self._clock())
+        self._waiting_chars += len(piece.text)
+
+    async def room(self) -> None:
+        """Wait while too much waits for the reader."""
+        await self._room.wait()
+
+    def finish(self, result: JSONObject | None = None) -> None:
+        """Nothing more will come. `result` is the answer of a client that does not stream."""
+        if self._finished:
+            return
+        self._finished = True
+        self._result = result
+        if self._entries and isinstance(self._entries[-1], _Run):
+            self._entries[-1].closed = True
+        self._arrived.set()
+        self._room.set()
+
+    async def chunks(self) -> AsyncGenerator[JSONObject, None]:
+        """Give everything that was put, in order, until `finish`."""
+        while True:
+            self._arrived.clear()
+            chunk, wait_s = self._take()
+            if chunk is not None:
+                self._shown = True
+                yield chunk
+            elif self._finished and not self._entries:
+                return
+            elif wait_s != 0.0:
+                await self._wait(wait_s)
+
+    async def result(self) -> JSONObject:
+        """The whole answer, once it is there."""
+        while not self._finished:
+            self._arrived.clear()
+            await self._arrived.wait()
+        return self._result or {}
+
+    async def _wait(self, seconds: float | None) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._arrived.wait()
+
+    def _take(self) -> tuple[JSONObject | None, float | None]:
+        """(the next chunk or None, seconds to wait for one: 0 = look again, None = for a signal)."""
+        if not self._entries:
+            return None, None
+        entry = self._entries[0]
+        if not isinstance(entry, _Run):
+            self._entries.popleft()
+            self._make_room()
+            return entry, 0.0
+        due = entry.buffer.due(self._clock())
+        if not entry.closed and due is None:
+            return None, None
+        if not entry.closed and due and self._shown:
+            return None, due
+        text = entry.buffer.flush(final=entry.closed)
+        self._waiting_chars = max(0, self._waiting_chars - len(text))
+        if entry.closed:
+            self._entries.popleft()
+        self._make_room()
+        return (entry.build(text) if text else None), 0.0
+
+    def _make_room(self) -> None:
+        if self._waiting_chars <= _OUTLET_MAX_CHARS // 2 and len(self._entries) <= _OUTLET_MAX_ENTRIES // 2:
+            self._room.set()
+
+
+# Writers: one for each kind of client
+
+
+@dataclass(slots=True)
+class _OpenItem:
+    """An item that the host shows and has not seen the end of."""
+
+    id: str
+    index: int
+    type: str
+    build: Callable[[str], JSONObject]
+    opened_at: float
+    pieces: list[str] = field(default_factory=list)
+    part: tuple[str, int] | None = None
+
+
+class _Writer:
+    """Emissions in, entries for the outlet out; `WRITES` maps a kind of emission to its function."""
+
+    WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {}
+
+    def write(self, emission: Emission) -> Iterable[Entry]:
+        """The entries that one emission becomes; none for what this client has no place for."""
+        write = self.WRITES.get(type(emission))
+        return write(self, emission) if write is not None else ()
+
+    def result(self) -> JSONObject | None:
+        """The whole answer, for clients that do not stream."""
+        return None
+
+
+class _BrowserWriter(_Writer):
+    """Responses events, as Open WebUI reduces, shows and saves them.
+
+    Items are numbered densely over all upstream calls of one answer, each with an id of ours,
+    because the host and the page match by id and providers use one id twice.
+    """
+
+    def __init__(self, clock: Callable[[], float], show_thinking: bool) -> None:
+        self._clock = clock
+        self._show_thinking = show_thinking
+        self._open: dict[int, _OpenItem] = {}  # by the number the reducer gave
+        self._next_index = 0
+        self._calls: list[ToolCall] = []
+        self._call_ids: set[str] = set()
+        self._usage: UsageStats | None = None
+
+    def _start(self, number: int, kind: str) -> tuple[_OpenItem, list[Entry]]:
+        item = self._open.get(number)
+        if item is not None:
+            return item, []
+        prefix, event, place = _HOST_ITEMS[kind]
+        item_id, index = _new_item_id(prefix), self._next_index
+        self._next_index += 1
+        template = {"type": event, "item_id": item_id, "output_index": index, place: 0}
+        item = _OpenItem(item_id, index, kind, lambda text: {**template, "delta": text}, self._clock())
+        self._open[number] = item
+        return item, [self._event("added", item, "in_progress")]
+
+    def _event(self, what: str, item: _OpenItem, status: str) -> JSONObject:
+        text = _whole_text("".join(item.pieces))
+        body: JSONObject = {"type": item.type, "id": item.id, "status": status}
+        if item.type == "message":
+            content = [{"type": "output_text", "text": text, "annotations": []}]
+            body |= {"role": "assistant", "content": content}
+        else:
+            body["summary"] = [{"type": "summary_text", "text": text}] if text else []
+        if item.type == "reasoning" and what == "done":
+            body["duration"] = max(0, round(self._clock() - item.opened_at))
+        return {"type": f"response.output_item.{what}", "output_index": item.index, "item": body}
+
+    def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
+        item, entries = self._start(delta.item, "message")
+        item.pieces.append(delta.text)
+        return [*entries, Piece(item.build, delta.text)]
+
+    def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
+        item, entries = self._start(delta.item, "reasoning")
+        text = _with_paragraph(item, delta)
+        if not text or not self._show_thinking:
+            return entries
+        item.pieces.append(text)
+        return [*entries, Piece(item.build, text)]
+
+    def _write_closed(self, closed: ItemClosed) -> list[Entry]:
+        item = self._open.pop(closed.item, None)
+        return [self._event("done", item, "completed")] if item is not None else []
+
+    def _keep_call(self, requested: ToolRequested) -> list[Entry]:
+        # Held back until the upstream call has ended well: the host runs whatever it has seen.
+        self._calls.append(requested.call)
+        return []
+
+    def _keep_usage(self, reported: UsageReported) -> list[Entry]:
+        self._usage = reported.usage
+        return []
+
+    def _write_end(self, ended: TurnEnded) -> list[Entry]:
+        entries = self._close_all("completed")
+        for call in self._calls if ended.outcome == "completed" else ():
+            entries += self._call_events(call)
+        self._calls.clear()
+        return [*entries, *self._usage_event(always=True)]
+
+    def _write_failure(self, failed: Failed) -> list[Entry]:
+        self._calls.clear()
+        entries = [*self._close_all("incomplete"), *self._usage_event(always=False)]
+        return [*entries, {"error": {"message": render_error(failed.error)}}]
+
+    def _close_all(self, status: str) -> list[Entry]:
+        entries: list[Entry] = [self._event("done", item, status) for item in self._open.values()]
+        self._open.clear()
+        return entries
+
+    def _call_events(self, call: ToolCall) -> list[Entry]:
+        call_id, count = call.call_id, 1
+        while call_id in self._call_ids:
+            count += 1
+            call_id = f"{call.call_id}_{count}"
+        self._call_ids.add(call_id)
+        function = call.function()
+        item = {"type": "function_call", "id": _new_item_id("fc"), "call_id": call_id, **function}
+        index = self._next_index
+        self._next_index += 1
+        return [
+            {
+                "type": f"response.output_item.{what}",
+                "output_index": index,
+                "item": {**item, "status": status},
+            }
+            for what, status in (("added", "in_progress"), ("done", "completed"))
+        ]
+
+    def _usage_event(self, *, always: bool) -> list[Entry]:
+        usage, self._usage = self._usage, None
+        if usage is None and not always:
+            return []
+        # Neither `id` nor `output`: with them the host would cut or replace its own history.
+        return [{"type": "response.completed", "response": {"usage": usage} if usage else {}}]
+
+    WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
+        TextDelta: _write_text,
+        RefusalDelta: _write_text,
+        ReasoningDelta: _write_reasoning,
+        ItemClosed: _write_closed,
+        ToolRequested: _keep_call,
+        UsageReported: _keep_usage,
+        TurnEnded: _write_end,
+        Failed: _write_failure,
+    }
+
+
+# type of an item -> (prefix of its id, its delta event, key of the part's number)
+_HOST_ITEMS: Final[dict[str, tuple[str, str, str]]] = {
+    "message": ("msg", "response.output_text.delta", "content_index"),
+    "reasoning": ("rs", "response.reasoning_summary_text.delta", "summary_index"),
+}
+
+
+def _with_paragraph(item: _OpenItem, delta: ReasoningDelta) -> str:
+    """The text of a reasoning delta, after a blank line where a new part begins."""
+    if not delta.text:
+        return ""
+    part, item.part = item.part, (delta.kind, delta.part)
+    return "\n\n" + delta.text if part is not None and part != item.part else delta.text
+
+
+class _BrowserJSONWriter(_BrowserWriter):
+    """The same items at once, for a chat whose streaming is switched off."""
+
+    def __init__(self, clock: Callable[[], float], show_thinking: bool) -> None:
+        super().__init__(clock, show_thinking)
+        self._items: list[JSONObject] = []
+        self._totals: JSONObject = {}
+        self._error: JSONObject | None = None
+
+    def write(self, emission: Emission) -> Iterable[Entry]:
+        """Keep what the browser dialect would have sent."""
+        for entry in super().write(emission):
+            if isinstance(entry, Piece):
+                continue
+            if "error" in entry:
+                self._error = entry["error"]
+            elif entry["type"] == "response.output_item.done":
+                self._items.append(entry["item"])
+            elif entry["type"] == "response.completed":
+                self._totals = _merge_usage_stats(self._totals, entry["response"].get("usage") or {})
+        return ()
+
+    def result(self) -> JSONObject:
+        """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
+        parts = [part for item in self._items if item["type"] == "message" for part in item["content"]]
+        message = {"role": "assistant", "content": "\n".join(part["text"] for part in parts)}
+        result: JSONObject = {
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "output": self._items,
+        }
+        if self._totals:
+            result["usage"] = self._totals
+        if self._error is not None:
+            result["error"] = self._error
+        return result
+
+
+class _ChunkWriter(_Writer):
+    """`chat.completion.chunk` objects, as OpenAI's clients read them."""
+
+    def __init__(self, model: str, completion_id: str, created: int, show_thinking: bool) -> None:
+        self._head = {
+            "id": completion_id,
+            "object": "chat.completion.chunk",
+            "created": created,
+            "model": model,
+        }
+        self._show_thinking = show_thinking
+        self._open: dict[int, _OpenItem] = {}
+        self._said_role = False
+        self._calls: list[ToolCall] = []
+        self._totals: JSONObject = {}
+        self._texts = 0
+
+    def _chunk(self, delta: JSONObject, finish_reason: str | None = None) -> JSONObject:
+        return {**self._head, "choices": [{"index": 0, "delta": delta, "finish_reason": finish_reason}]}
+
+    def write(self, emission: Emission) -> Iterable[Entry]:
+        """The chunks of one emission; the very first one names the role."""
+        entries = list(super().write(emission))
+        if entries and not self._said_role and not isinstance(emission, Failed):
+            self._said_role = True
+            entries.insert(0, self._chunk({"role": "assistant", "content": ""}))
+        return entries
+
+    def _build_content(self, text: str) -> JSONObject:
+        return self._chunk({"content": text})
+
+    def _build_reasoning(self, text: str) -> JSONObject:
+        return self._chunk({"reasoning_content": text})
+
+    def _start(self, number: int, kind: str) -> _OpenItem:
+        item = self._open.get(number)
+        if item is None:
+            build = self._build_content if kind == "message" else self._build_reasoning
+            item = self._open[number] = _OpenItem("", number, kind, build, 0.0)
+        return item
+
+    def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
+        fresh = delta.item not in self._open
+        item = self._start(delta.item, "message")
+        self._texts += fresh
+        text = "\n" + delta.text if fresh and self._texts > 1 else delta.text
+        return [Piece(item.build, text)]
+
+    def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
+        item = self._start(delta.item, "reasoning")
+        text = _with_paragraph(item, delta)
+        return [Piece(item.build, text)] if text and self._show_thinking else []
+
+    def _write_citation(self, citation: CitationFound) -> list[Entry]:
+        source = {"url": citation.url, "title": citation.title, "content": citation.snippet}
+        annotation = {"type": "url_citation", "url_citation": {**source, "start_index": 0, "end_index": 0}}
+        return [self._chunk({"annotations": [annotation]})]
+
+    def _keep_call(self, requested: ToolRequested) -> list[Entry]:
+        self._calls.append(requested.call)
+        return []
+
+    def _keep_usage(self, reported: UsageReported) -> list[Entry]:
+        self._totals = _merge_usage_stats(self._totals, reported.usage)
+        return []
+
+    def _write_end(self, ended: TurnEnded) -> list[Entry]:
+        calls = self._calls if ended.outcome == "completed" else []
+        entries: list[Entry] = []
+        if calls:
+            tool_calls = [
+                {"index": index, "id": call.call_id, "type": "function", "function": call.function()}
+                for index, call in enumerate(calls)
+            ]
+            entries.append(self._chunk({"tool_calls": tool_calls}))
+        entries.append(self._chunk({}, _finish_reason(ended, bool(calls))))
+        if self._totals:
+            entries.append({**self._head, "choices": [], "usage": _chat_usage(self._totals)})
+        self._open.clear()
+        self._calls = []
+        return entries
+
+    def _write_failure(self, failed: Failed) -> list[Entry]:
+        return [{"error": _api_error_object(failed.error)}]
+
+    WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
+        TextDelta: _write_text,
+        RefusalDelta: _write_text,
+        ReasoningDelta: _write_reasoning,
+        CitationFound: _write_citation,
+        ToolRequested: _keep_call,
+        UsageReported: _keep_usage,
+        TurnEnded: _write_end,
+        Failed: _write_failure,
+    }
+
+
+class _CompletionWriter(_ChunkWriter):
+    """One `chat.completion` object, made of the chunks a streaming client would have had."""
+
+    def __init__(self, model: str, completion_id: str, created: int, show_thinking: bool) -> None:
+        super().__init__(model, completion_id, created, show_thinking)
+        self._message: JSONObject = {"role": "assistant", "content": ""}
+        self._finish: str | None = None
+        self._error: JSONObject | None = None
+
+    def write(self, emission: Emission) -> Iterable[Entry]:
+        """Add what the chunks of `emission` hold."""
+        for entry in super().write(emission):
+            chunk = entry.build(entry.text) if isinstance(entry, Piece) else entry
+            if "error" in chunk:
+                self._error = chunk["error"]
+            for choice in chunk.get("choices", ()):
+                self._finish = choice["finish_reason"] or self._finish
+                self._add(choice["delta"])
+        return ()
+
+    def _add(self, delta: JSONObject) -> None:
+        for key, value in delta.items():
+            if key == "role":
+                continue
+            if key == "tool_calls":
+                value = [{k: v for k, v in call.items() if k != "index"} for call in value]
+            old = self._message.get(key)
+            self._message[key] = old + value if old else value
+
+    def result(self) -> JSONObject:
+        """`{id, object, created, model, choices, usage}`, or `{error}` if the answer broke off."""
+        if self._error is not None:
+            return {"error": self._error}
+        for key in ("content", "reasoning_content"):
+            if key in self._message:
+                self._message[key] = _whole_text(self._message[key])
+        choice = {"index": 0, "message": self._message, "finish_reason": self._finish or "stop"}
+        result = {**self._head, "object": "chat.completion", "choices": [choice]}
+        if self._totals:
+            result["usage"] = _chat_usage(self._totals)
+        return result
+
+
+class _TaskWriter(_CompletionWriter):
+    """One `chat.completion` with nothing but text: a title, tags, a query."""
+
+    WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
+        kind: write
+        for kind, write in _ChunkWriter.WRITES.items()
+        if kind not in (ReasoningDelta, CitationFound, ToolRequested)
+    }
+
+
+def _finish_reason(ended: TurnEnded, has_calls: bool) -> str:
+    if ended.outcome == "incomplete":
+        return "content_filter" if ended.reason == "content_filter" else "length"
+    return "tool_calls" if has_calls else "stop"
+
+
+_CHAT_USAGE_NAMES: Final[dict[str, str]] = {
+    "input_tokens": "prompt_tokens",
+    "output_tokens": "completion_tokens",
+    "input_tokens_details": "prompt_tokens_details",
+    "output_tokens_details": "completion_tokens_details",
+}
+
+
+def _chat_usage(usage: Mapping[str, Any]) -> JSONObject:
+    """Usage under the names of `/chat/completions` (reference §8)."""
+    return {_CHAT_USAGE_NAMES.get(name, name): value for name, value in usage.items()}
+
+
+def _api_error_object(error: PipeError) -> JSONObject:
+    """An error as OpenAI's clients read it."""
+    return {"message": render_error(error), "type": error.template, "code": error.status or error.template}
+
+
+def _make_writer(request: ChatRequest, valves: Valves, clock: Callable[[], float]) -> _Writer:
+    """The writer of a request's dialect."""
+    show = valves.SHOW_THINKING
+    if request.dialect == "browser":
+        return _BrowserWriter(clock, show)
+    if request.dialect == "browser_json":
+        return _BrowserJSONWriter(clock, show)
+    kinds = {"api_stream": _ChunkWriter, "api_json": _CompletionWriter, "task": _TaskWriter}
+    model = str(request.body.get("model") or request.model)
+    return kinds[request.dialect](model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), show)
+
+
+class _SafeEmitter:
+    """An event emitter that never raises: once broken it stays silent, after one warning."""
+
+    __slots__ = ("_emit",)
+
+    def __init__(self, emit: HostEventEmitter | None) -> None:
+        self._emit = emit
+
+    async def __call__(self, event: JSONObject) -> None:
+        if self._emit is None:
+            return
+        try:
+            await self._emit(event)
+        except Exception as exc:
+            self._emit = None
+            LOGGER.warning("Open WebUI takes no more events for this answer: %s", type(exc).__name__)
+
+
+def _wrap_event_emitter(
+    emit: HostEventEmitter | None, *, suppress_chat_messages: bool = False
+) -> HostEventEmitter:
+    """The host's emitter made safe; a no-op where there is none or nobody looks."""
+    return _SafeEmitter(None if suppress_chat_messages else emit)
+
+
+class Emitter:
+    """Hands emissions to the outlet and, as statuses and sources, to the host's event emitter."""
+
+    def __init__(
+        self,
+        writer: _Writer,
+        outlet: Outlet,
+        emit: HostEventEmitter,
+        clock: Callable[[], float],
+        support_contact: str = "",
+    ) -> None:
+        self._writer = writer
+        self._outlet = outlet
+        self._emit = emit
+        self._clock = clock
+        self._first_at: float | None = None  # when the model began to write
+        self._support_contact = support_contact
+        self._cited: set[str] = set()
+        self._warnings: list[str] = []
+        self._status_open = False
+        self._empty = True
+        self._usage: JSONObject = {}
+
+    async def send(self, emissions: Sequence[Emission]) -> None:
+        """Pass emissions on, in order; waits while the reader is far behind."""
+        for emission in emissions:
+            if isinstance(emission, Failed) and self._support_contact:
+                emission = Failed(_with_contact(emission.error, self._support_contact))
+            for entry in self._writer.write(emission):
+                self._outlet.put(entry)
+            self._empty = self._empty and not isinstance(emission, _ANSWERS)
+            if self._first_at is None and isinstance(emission, _WRITTEN):
+                self._first_at = self._clock()
+            side = self.SIDE_EFFECTS.get(type(emission))
+            if side is not None:
+                await side(self, emission)
+        await self._outlet.room()
+
+    def aclose(self) -> None:
+        """Nothing more will be sent."""
+        self._outlet.finish(self._writer.result())
+
+    async def _emit_status(self, update: StatusUpdate) -> None:
+        self._status_open = not update.done
+        data = {"description": update.description, "done": update.done, "hidden": update.hidden}
+        await self._emit({"type": "status", "data": data})
+
+    async def _emit_citation(self, citation: CitationFound) -> None:
+        if citation.url in self._cited:
+            return
+        self._cited.add(citation.url)
+        data = {
+            "source": {"name": citation.title, "url": citation.url},
+            "document": [citation.snippet or citation.title],
+            "metadata": [{"source": citation.url, "name": citation.title}],
+        }
+        await self._emit({"type": "source", "data": data})
+
+    async def _emit_notification(self, notice: Notice) -> None:
+        self._warnings.append(notice.text.rstrip("."))
+        await self._emit({"type": "notification", "data": {"type": "warning", "content": notice.text}})
+
+    async def _emit_progress(self, progress: ServerToolProgress) -> None:
+        words = _SERVER_TOOL_WORDS.get(progress.type.removeprefix("openrouter:").removesuffix("_call"))
+        if words is None:
+            return
+        begun = progress.status == "in_progress"
+        text = words[0] if begun else words[1]
+        await self._emit_status(
+            StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
+        )
+
+    async def _emit_media(self, media: MediaProduced) -> None:
+        await self._emit_notification(
+            Notice("The model made a picture; this version cannot show pictures yet.")
+        )
+
+    async def _count_usage(self, reported: UsageReported) -> None:
+        self._usage = _merge_usage_stats(self._usage, reported.usage)
+
+    async def _note_end(self, ended: TurnEnded) -> None:
+        if ended.outcome == "incomplete":
+            self._warnings.append(_INCOMPLETE_WORDS.get(ended.reason, "The answer is not complete"))
+        elif self._empty:
+            self._warnings.append("The model sent an empty answer")
+
+    async def _note_failure(self, failed: Failed) -> None:
+        if self._status_open:
+            await self._emit_status(StatusUpdate("Failed", done=True))
+
+    async def _emit_completion(self, elapsed_s: float, show_usage: bool) -> None:
+        """The last status: what the person must know, and what the answer took."""
+        writing_s = 0.0 if self._first_at is None else self._clock() - self._first_at
+        parts = list(self._warnings)
+        if show_usage:
+            parts += _usage_words(self._usage, elapsed_s, writing_s)
+        if parts:
+            await self._emit_status(StatusUpdate(" · ".join(parts), done=True))
+        elif self._status_open:
+            await self._emit_status(StatusUpdate("Done", done=True, hidden=True))
+
+    async def complete(self, elapsed_s: float, show_usage: bool) -> JSONObject:
+        """The answer has ended well: say the totals. Returns the usage of all upstream calls."""
+        await self._emit_completion(elapsed_s, show_usage)
+        return self._usage
+
+    def usage(self) -> JSONObject:
+        """What has been used so far."""
+        return self._usage
+
+    SIDE_EFFECTS: ClassVar[Mapping[type, Callable[[Any, Any], Awaitable[None]]]] = {
+        StatusUpdate: _emit_status,
+        CitationFound: _emit_citation,
+        Notice: _emit_notification,
+        ServerToolProgress: _emit_progress,
+        MediaProduced: _emit_media,
+        UsageReported: _count_usage,
+        TurnEnded: _note_end,
+        Failed: _note_failure,
+    }
+
+
+_ANSWERS: Final = (TextDelta, RefusalDelta, ToolRequested, MediaProduced)
+_WRITTEN: Final = (TextDelta, RefusalDelta, ReasoningDelta)
+_SERVER_TOOL_WORDS: Final[dict[str, tuple[str, str]]] = {
+    "web_search": ("Searching the web", "Searched the web"),
+    "web_fetch": ("Reading a page", "Read a page"),
+    "file_search": ("Searching files", "Searched files"),
+    "image_generation": ("Making a picture", "Made a picture"),
+}
+_INCOMPLETE_WORDS: Final[dict[str, str]] = {
+    "max_output_tokens": "Cut short: the output limit was reached",
+    "content_filter": "Cut short by the provider's content filter",
+}
+
+
+def _with_contact(error: PipeError, contact: str) -> PipeError:
+    """The same error with whom to ask added to its words."""
+    detail = f"{error.detail.rstrip('.')}. Contact: {contact}" if error.detail else f"Contact: {contact}"
+    return type(error)(
+        detail,
+        template=error.template,
+        retryable=error.retryable,
+        retry_after=error.retry_after,
+        status=error.status,
+    )
+
+
+def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -> list[str]:
+    """`3.2 s`, `25 tokens in (8 cached)`, `148 out (128 reasoning)`, `46 tokens/s`, `$0.0015`.
+
+    The rate is that of the time in which the model wrote, and left out where that was too short.
+    """
+    words = [f"{max(0.1, elapsed_s):.1f} s"]
+    tokens_in, tokens_out = usage.get("input_tokens"), usage.get("output_tokens")
+    cached = _mapping(usage.get("input_tokens_details")).get("cached_tokens")
+    thought = _mapping(usage.get("output_tokens_details")).get("reasoning_tokens")
+    if _is_number(tokens_in):
+        words.append(f"{tokens_in:,} tokens in" + (f" ({cached:,} cached)" if cached else ""))
+    if _is_number(tokens_out):
+        words.append(f"{tokens_out:,} out" + (f" ({thought:,} reasoning)" if thought else ""))
+        if tokens_out and writing_s >= 0.5:
+            words.append(f"{tokens_out / writing_s:.0f} tokens/s")
+    if _is_number(usage.get("cost")):
+        words.append(_dollars(usage["cost"]))
+    return words
+
+
+def _dollars(cost: float) -> str:
+    """A price with two significant digits below a cent, cents above: `$0.00023`, `$1.20`."""
+    if cost <= 0:
+        return "$0"
+    if cost >= 0.1:
+        return f"${cost:.2f}"
+    text = f"{cost:.12f}"
+    digits = len(text) - len(text[2:].lstrip("0")) + 2
+    return "$" + f"{cost:.{min(12, digits - 2)}f}".rstrip("0")
+
+
+# ── 14. Media intake ─────────────────────────────────────────────────────────
+# (empty)
+# Will hold: downloads that cannot be turned inward, and references to media made into blobs.
+
+
+# ── 15. Artifact store ───────────────────────────────────────────────────────
+# (empty)
+# Will hold: reasoning and tool results, encrypted, in the host's database.
+
+
+# ── 16. Ledger & metrics ─────────────────────────────────────────────────────
+# (empty)
+# Will hold: what was used, what it cost, what still runs.
+
+
+# ── 17. Tool orchestrator ────────────────────────────────────────────────────
+# (empty)
+# Will hold: the pipe's own parallel tool runs. Until then Open WebUI runs the tools.
+
+
+# ── 18. Streaming engine ─────────────────────────────────────────────────────
+# One upstream call: opened, decoded, reduced, and tried again while nothing was shown.
+# Promise: what the sink was given is never given again; the socket is closed on every way out.
+# Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_streaming_engine.py
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """How often and how long (seconds) to try again."""
+
+    attempts: int = 3
+    longest_wait_s: float = 30.0
+
+
+class StreamingEngine:
+    """Streams calls of `/responses` into a sink.
+
+    `sleep` waits between tries. The engine pushes and never yields, so that no generator of ours
+    can be left open in the middle of a call (PEP 789).
+    """
+
+    def __init__(
+        self, client: OpenRouterClient, sleep: Callable[[float], Awaitable[None]] = asyncio.sleep
+    ) -> None:
+        self._client = client
+        self._sleep = sleep
+
+    async def stream(self, connection: Connection, body: JSONObject, sink: Sink, policy: RetryPolicy) -> None:
+        """Send `body` and give the sink what comes, up to `TurnEnded`.
+
+        Raises:
+            PipeError: the call failed for good; what the sink has been given stays valid.
+        """
+        wait = _RetryWait(policy.longest_wait_s)
+        call = _UpstreamCall(sink)
+
+        async def announce(retry_state: Any) -> None:
+            error = retry_state.outcome.exception()
+            seconds = max(1, round(retry_state.next_action.sleep))
+            await sink((StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s"),))
+
+        tries = AsyncRetrying(
+            stop=stop_after_attempt(policy.attempts + 1),
+            wait=wait,
+            retry=retry_if_exception(lambda error: not call.shown and wait.allows(error)),
+            sleep=self._sleep,
+            before_sleep=announce,
+            reraise=True,
+        )
+        await tries(self._stream_responses, connection, body, call)
+
+    async def _stream_responses(self, connection: Connection, body: JSONObject, call: _UpstreamCall) -> None:
+        async with self._client.open_stream(connection, "/responses", body) as reads:
+            await self._consume_sse(reads, call)
+
+    async def _consume_sse(self, reads: AsyncGenerator[bytes, None], call: _UpstreamCall) -> None:
+        decoder, state = SSEDecoder(), StreamState()
+        async for chunk in reads:
+            await call.hand_over(_reduce_frames(state, decoder.feed(chunk)))
+            if state.ended:
+                await _drain(reads)
+                return
+        await call.hand_over(_reduce_frames(state, decoder.close()))
+        await call.hand_over(close_stream(state))
+
+
+class _UpstreamCall:
+    """Stands between one call and its sink: remembers whether anything was shown, raises failures."""
+
+    __slots__ = ("_sink", "shown")
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self.shown = False
+
+    async def hand_over(self, emissions: list[Emission]) -> None:
+        """Give the sink everything before a failure, then raise the failure."""
+        failed = emissions[-1] if emissions and isinstance(emissions[-1], Failed) else None
+        good = emissions[:-1] if failed is not None else emissions
+        if good:
+            self.shown = self.shown or any(isinstance(emission, _VISIBLE) for emission in good)
+            await self._sink(good)
+        if failed is not None:
+            raise failed.error
+
+
+_VISIBLE: Final = (
+    TextDelta,
+    RefusalDelta,
+    ReasoningDelta,
+    ToolRequested,
+    CitationFound,
+    MediaProduced,
+    TurnEnded,
+)
+
+
+def _reduce_frames(state: StreamState, frames: Iterable[SSEFrame]) -> list[Emission]:
+    events = (event for frame in frames if (event := parse_frame(frame)) is not None)
+    return reduce_events(state, events)
+
+
+async def _drain(reads: AsyncGenerator[bytes, None]) -> None:
+    """Read what follows the terminal event, so that the connection can be used again."""
+    with contextlib.suppress(TimeoutError, PipeError):
+        async with asyncio.timeout(_DRAIN_S):
+            async for _ in reads:
+                pass
+
+
+_DRAIN_S: Final = 0.25
+
+
+def _retry_words(error: BaseException | None) -> str:
+    template = error.template if isinstance(error, PipeError) else "provider"
+    return _ADVICE.get(template, _ADVICE["provider"])[0] or "OpenRouter could not answer."
+
+
+# ── 19. Context keeper ───────────────────────────────────────────────────────
+# (empty)
+# Will hold: when a long chat is summarised, and the summary that stands for it.
+
+
+# ── 20. Media makers ─────────────────────────────────────────────────────────
+# (empty)
+# Will hold: generated pictures and videos, kept as files of the host.
+
+
+# ── 21. Turn loop ────────────────────────────────────────────────────────────
+# One chat request from start to end.
+# Promise: it ends in an answer or in one error said in words; nothing else is raised but a cancellation.
+# Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_turn_loop.py
+
+
+@dataclass(slots=True, eq=False)
+class _PipeJob:
+    """One chat request on its way through the runtime."""
+
+    request: ChatRequest
+    valves: Valves
+    emitter: Emitter
+    outlet: Outlet
+    request_id: str
+    task: asyncio.Task[None] | None = None
+    ended_by: PipeError | None = None  # why the runtime cancelled it
+
+
+class TurnLoop:
+    """Runs jobs: what the chat says, out to OpenRouter and back. Holds nothing between them."""
+
+    def __init__(
+        self,
+        registry: OpenRouterModelRegistry,
+        engine: StreamingEngine,
+        host: OpenWebUIHost,
+        env: HostEnvironment,
+        clock: Callable[[], float],
+    ) -> None:
+        self._registry = registry
+        self._engine = engine
+        self._host = host
+        self._env = env
+        self._clock = clock
+
+    async def run(self, job: _PipeJob) -> None:
+        """Answer `job`; a failure is written into its outlet."""
+        started = self._clock()
+        deadline = job.valves.REQUEST_DEADLINE_SECONDS
+        error: PipeError | None = None
+        try:
+            async with asyncio.timeout(deadline or None):
+                await self._answer(job)
+                await job.emitter.complete(self._clock() - started, job.valves.SHOW_FINAL_USAGE_STATUS)
+        except TimeoutError:
+            words = f"The answer took longer than the {_in_words(deadline)} that are allowed"
+            error = StreamError(words, template="admission")
+        except PipeError as exc:
+            error = exc
+        if error is not None:
+            await job.emitter.send((Failed(error),))
+        self._log(job, self._clock() - started, error)
+
+    async def _answer(self, job: _PipeJob) -> None:
+        self._host.check_version()
+        connection = _connection(job.valves, self._env)
+        request = job.request
+        if request.model == _SETUP_MODEL_ID:
+            raise ConfigurationError(
+                "This entry only says what is missing. Please choose a model, or reload the page."
+            )
+        body = CompletionsBody.parse(request.body)
+        spec = await self._registry.get(connection, request.model)
+        translated = ResponsesBody.from_completions(
+            body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
+        )
+        await job.emitter.send([Notice(text) for text in translated.notices])
+        policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
+        await self._engine.stream(connection, translated.payload, job.emitter.send, policy)
+
+    def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
+        usage = job.emitter.usage()
+        LOGGER.info(
+            "request %s: %s, model %s, %s, %.2f s, %s tokens in, %s out, cost %s",
+            job.request_id,
+            "failed (" + error.template + ")" if error else "answered",
+            job.request.model,
+            job.request.dialect,
+            elapsed_s,
+            usage.get("input_tokens"),
+            usage.get("output_tokens"),
+            usage.get("cost"),
+        )
+
+
+# Where somebody looks at statuses and sources.
+_DIALECTS_WITH_EVENTS: Final = frozenset({"browser", "browser_json"})
+# Where somebody runs the calls: the host after a streamed answer, or the API client itself.
+_DIALECTS_WITH_TOOLS: Final = frozenset({"browser", "api_stream", "api_json"})
+
+
+# ── 22. Runtime ──────────────────────────────────────────────────────────────
+# Everything with a lifetime, and the hand-over from one load of this file to the next.
+# Promise: no task outlives its request; closing is idempotent and needs no event loop of its own.
+# Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_runtime.py
+
+
+class Runtime:
+    """The machinery behind one `Pipe`, bound to the event loop it was started on.
+
+    `clock` gives seconds that only grow; `sleep` waits between retries.
+    """
+
+    def __init__(
+        self,
+        pipe_id: str,
+        env: HostEnvironment,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
+    ) -> None:
+        self.pipe_id = pipe_id
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.retired = False
+        self._env = env
+        self._clock = clock
+        self._client = OpenRouterClient()
+        self._registry = OpenRouterModelRegistry(self._fetch_catalog, clock)
+        engine = StreamingEngine(self._client, sleep)
+        self._turns = TurnLoop(self._registry, engine, OpenWebUIHost(), env, clock)
+        self._jobs: set[_PipeJob] = set()
+        self._background: set[asyncio.Task[None]] = set()
+
+    def start(self) -> None:
+        """Bind to the running loop and take over from an earlier load of this file. Idempotent."""
+        if self.loop is not None:
+            return
+        self.loop = asyncio.get_running_loop()
+        runtimes = _live_runtimes()
+        predecessor = runtimes.get(self.pipe_id)
+        runtimes[self.pipe_id] = self
+        if predecessor is not None and predecessor is not self:
+            predecessor.retire_soon()
+
+    async def models(self, valves: Valves) -> list[dict[str, str]]:
+        """The entries of the model menu.
+
+        Raises:
+            PipeError: there is no key or no catalog.
+        """
+        return _menu(await self._registry.ensure_loaded(_connection(valves, self._env)))
+
+    def job(self, request: ChatRequest, valves: Valves) -> _PipeJob:
+        """A request made ready to run."""
+        request_id = secrets.token_hex(4)
+        outlet = Outlet(_update_limits(valves), self._clock)
+        emit = _wrap_event_emitter(
+            request.event_emitter, suppress_chat_messages=request.dialect not in _DIALECTS_WITH_EVENTS
+        )
+        writer = _make_writer(request, valves, self._clock)
+        emitter = Emitter(writer, outlet, emit, self._clock, valves.SUPPORT_CONTACT)
+        return _PipeJob(request, valves, emitter, outlet, request_id)
+
+    async def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
+        """The chunks of a job, which starts when the first is asked for."""
+        task = self._submit(job)
+        try:
+            async for chunk in job.outlet.chunks():
+                yield chunk
+        finally:
+            # Nothing is awaited here: for an API client that went away every await raises again.
+            task.cancel()
+
+    async def collect(self, job: _PipeJob) -> JSONObject:
+        """The whole answer of a job."""
+        task = self._submit(job)
+        try:
+            return await job.outlet.result()
+        finally:
+            task.cancel()
+
+    def _submit(self, job: _PipeJob) -> asyncio.Task[None]:
+        if self.retired:
+            raise AdmissionError("This function has just been updated. Please send the message again")
+        task = job.task = asyncio.get_running_loop().create_task(
+            self._work(job), name=f"answer {job.request_id}"
+        )
+        self._jobs.add(job)
+        task.add_done_callback(lambda _: self._jobs.discard(job))
+        return task
+
+    async def _work(self, job: _PipeJob) -> None:
+        try:
+            await self._turns.run(job)
+        except asyncio.CancelledError:
+            if job.ended_by is None:
+                LOGGER.info("request %s: stopped, used so far: %s", job.request_id, job.emitter.usage())
+            else:
+                await job.emitter.send((Failed(job.ended_by),))
+            raise
+        except Exception as exc:
+            LOGGER.exception("request %s: unexpected error", job.request_id)
+            error = PipeError(f"Error id {job.request_id} ({type(exc).__name__})")
+            await job.emitter.send((Failed(error),))
+        finally:
+            job.emitter.aclose()
+
+    def retire_soon(self) -> None:
+        """`retire` on the loop this runtime lives on, wherever that is; nothing if it is gone."""
+        self.retired = True
+        loop = self.loop
+        if loop is None or loop.is_closed():
+            return
+        with contextlib.suppress(RuntimeError):  # closed between the two lines
+            loop.call_soon_threadsafe(self._begin_retirement)
+
+    def _begin_retirement(self) -> None:
+        task = asyncio.get_running_loop().create_task(self.retire(), name=f"retire {self.pipe_id}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
+
+    async def retire(self, deadline_s: float = _RETIRE_DEADLINE_S) -> None:
+        """Take no new job, let running ones finish within `deadline_s` seconds, then close. Idempotent."""
+        self.retired = True
+        tasks = [job.task for job in self._jobs if job.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=deadline_s)
+        reason = AdmissionError(
+            "The server is being updated and had to end this answer. Please send the message again"
+        )
+        left = [job for job in self._jobs if job.task is not None and not job.task.done()]
+        for job in left:
+            job.ended_by = reason
+            cast("asyncio.Task[None]", job.task).cancel()
+        if left:
+            await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
+        await self._client.aclose()
+
+    async def _fetch_catalog(self, connection: Connection) -> Any:
+        return await self._client.get_json(connection, "/models")
+
+
+def _live_runtimes() -> weakref.WeakValueDictionary[str, Any]:
+    """The live runtime of each pipe id, shared by every load of this file in the process."""
+    holder = sys.modules.get(_RUNTIMES_KEY)
+    if holder is None:
+        holder = sys.modules.setdefault(_RUNTIMES_KEY, types.ModuleType(_RUNTIMES_KEY))
+        holder.__dict__.setdefault("runtimes", weakref.WeakValueDictionary())
+    return holder.__dict__["runtimes"]
+
+
+# ── 23. Service functions ────────────────────────────────────────────────────
+# (empty)
+# Will hold: chat completions over httpx for other code on the server.
+
+
+# ── 24. Pipe ─────────────────────────────────────────────────────────────────
+# What Open WebUI finds: `pipes()`, `pipe()` and the valves. A thin controller.
+# Promise: constructing it does no I/O and needs no event loop; `pipes()` never raises.
+# Doc: docs/developer_guide_and_architecture.md   Tests: tests/test_pipe.py
+
+
+class Pipe:
+    """Open WebUI's handle on OpenRouter."""
+
+    Valves = Valves
+    UserValves = UserValves
+
+    def __init__(self) -> None:
+        self.valves = Valves()
+        self._env = HostEnvironment.read()
+        self._runtime: Runtime | None = None
+
+    async def pipes(self) -> list[dict[str, str]]:
+        """The models for the menu; one entry that says what is missing where there are none."""
+        try:
+            return await self._started().models(_resolve_valves(self.valves))
+        except ConfigurationError as exc:
+            return _setup_entry(exc.detail.partition(". ")[0])
+        except PipeError as exc:
+            return _setup_entry(f"no models: {render_error(exc)}")
+        except Exception:
+            LOGGER.exception("The model list failed")
+            return _setup_entry("no models: an unexpected error, see the server's log")
+
+    async def pipe(
+        self,
+        body: JSONObject,
+        __user__: Mapping[str, Any] | None = None,
+        __metadata__: Mapping[str, Any] | None = None,
+        __event_emitter__: HostEventEmitter | None = None,
+        __task__: str | None = None,
+    ) -> AsyncGenerator[JSONObject, None] | JSONObject:
+        """Answer one chat request: a stream of chunks, or one dict where none was asked for."""
+        request = _capture(body, __user__, __metadata__, __event_emitter__, __task__)
+        runtime = self._started(str(body.get("model") or ""))
+        job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
+        if request.dialect in ("browser", "api_stream"):
+            return runtime.stream(job)
+        return await runtime.collect(job)
+
+    async def __call__(
+        self, body: JSONObject, **arguments: Any
+    ) -> AsyncGenerator[JSONObject, None] | JSONObject:
+        """The same as `pipe`."""
+        return await self.pipe(body, **arguments)
+
+    async def aclose(self, deadline_s: float = _RETIRE_DEADLINE_S) -> None:
+        """End what runs within `deadline_s` seconds and close every socket. The host never calls this."""
+        runtime, self._runtime = self._runtime, None
+        if runtime is not None:
+            await runtime.retire(deadline_s)
+
+    def _started(self, model: str = "") -> Runtime:
+        loop = asyncio.get_running_loop()
+        if self._runtime is None or self._runtime.loop is not loop:
+            self._runtime = Runtime(_pipe_id(__name__, model), self._env)
+            self._runtime.start()
+        return self._runtime
+
+
+def _capture(
+    body: JSONObject,
+    user: Mapping[str, Any] | None,
+    metadata: Mapping[str, Any] | None,
+    emitter: HostEventEmitter | None,
+    task: str | None,
+) -> ChatRequest:
+    """The arguments of `pipe()`, normalised once."""
+    user, metadata = user or {}, metadata or {}
+    chat_id, message_id = str(metadata.get("chat_id") or ""), str(metadata.get("message_id") or "")
+    return ChatRequest(
+        body=body,
+        dialect=_dialect(task, bool(body.get("stream")), bool(chat_id and message_id)),
+        model=_upstream_model_id(str(body.get("model") or "")),
+        chat_id=chat_id,
+        message_id=message_id,
+        user_id=str(user.get("id") or ""),
+        is_admin=user.get("role") == "admin",
+        user_valves=user.get("valves"),
+        event_emitter=emitter,
+    )
+
+
+def _dialect(task: str | None, stream: bool, in_chat: bool) -> Dialect:
+    """How this client reads an answer; nothing else asks what kind of client it is."""
+    if task:
+        return "api_stream" if stream else "task"
+    if in_chat:
+        return "browser" if stream else "browser_json"
+    return "api_stream" if stream else "api_json"
