@@ -296,7 +296,8 @@ async def _chat(args: argparse.Namespace, key: str) -> int:
     from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 
     pipe = Pipe()
-    pipe.valves = pipe.Valves(API_KEY=key or "none", BASE_URL=args.base_url or OPENROUTER_URL)
+    settings = {"API_KEY": key or "none", "BASE_URL": args.base_url or OPENROUTER_URL}
+    pipe.valves = pipe.Valves.model_validate(settings)
     body = {
         "model": f"{webui.FUNCTION_ID}.{args.model}",
         "messages": [{"role": "user", "content": args.question}],

@@ -56,7 +56,7 @@ import types
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Final, Literal, NamedTuple, TypedDict, TypeGuard, cast
 from urllib.parse import urlsplit
@@ -862,10 +862,7 @@ class UserValves(_LenientModel):
 
 
 def _sealed(value: str) -> EncryptedStr:
-    secret = HostEnvironment.read().secret
-    if value and not secret:
-        LOGGER.warning("No WEBUI_SECRET_KEY is set: the API key is stored as plain text.")
-    return EncryptedStr.encrypt(value, secret)
+    return EncryptedStr.encrypt(value, HostEnvironment.read().secret)
 
 
 _SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
@@ -1049,7 +1046,7 @@ class OpenRouterModelRegistry:
             models = await self.ensure_loaded(connection)
             spec = models.get(model_id) or models.get(model_id.rsplit(":", 1)[0])
             if spec is not None:
-                return spec
+                return replace(spec, id=model_id)  # a variant such as `:nitro` has no entry of its own
         return ModelSpec(id=model_id, name=model_id)
 
     async def _load(self, connection: Connection) -> _Catalog:
@@ -1959,6 +1956,27 @@ _REDUCERS: Final[dict[str, Reducer]] = {
 # Doc: docs/openrouter_http_client.md   Tests: tests/test_http_client.py
 
 
+class _Reads:
+    """The body of a response, read by read; not a generator, because those outlive a `break`."""
+
+    __slots__ = ("_content",)
+
+    def __init__(self, response: aiohttp.ClientResponse) -> None:
+        self._content = response.content
+
+    def __aiter__(self) -> _Reads:
+        return self
+
+    async def __anext__(self) -> bytes:
+        try:
+            chunk = await self._content.readany()
+        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+            raise _network_error(exc) from exc
+        if not chunk:
+            raise StopAsyncIteration
+        return chunk
+
+
 class OpenRouterClient:
     """One aiohttp session, made at the first request and bound to the loop it was made on.
 
@@ -1985,7 +2003,7 @@ class OpenRouterClient:
     @contextlib.asynccontextmanager
     async def open_stream(
         self, connection: Connection, path: str, payload: JSONObject
-    ) -> AsyncGenerator[AsyncGenerator[bytes, None], None]:
+    ) -> AsyncGenerator[_Reads, None]:
         """Send `payload` and give its answer as reads of any size; leaving closes the socket at once.
 
         Raises:
@@ -1994,10 +2012,8 @@ class OpenRouterClient:
         async with self._request("POST", connection, path, payload) as response:
             if "json" in response.content_type:  # a late failure, or a proxy that does not stream
                 content = await self._read(response, _MAX_JSON_BYTES)
-                if "error" in _mapping(_json_loads(content)):
-                    raise _api_error(response.status, response.headers, content, self._now())
-                raise OpenRouterAPIError("OpenRouter sent no stream")
-            yield self._reads(response)
+                raise _api_error(response.status, response.headers, content, self._now())
+            yield _Reads(response)
 
     async def aclose(self) -> None:
         """Close the session and its sockets."""
@@ -2034,16 +2050,9 @@ class OpenRouterClient:
             # must not keep the model writing. A body that was read to its end is back in the pool.
             response.close()
 
-    async def _reads(self, response: aiohttp.ClientResponse) -> AsyncGenerator[bytes, None]:
-        try:
-            async for chunk in response.content.iter_any():
-                yield chunk
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            raise _network_error(exc) from exc
-
     async def _read(self, response: aiohttp.ClientResponse, limit: int) -> bytes:
         content = bytearray()
-        async for chunk in self._reads(response):
+        async for chunk in _Reads(response):
             content += chunk
             if len(content) > limit:
                 break
@@ -2238,6 +2247,9 @@ class Outlet:
         return self._result or {}
 
     async def _wait(self, seconds: float | None) -> None:
+        if seconds is None:
+            await self._arrived.wait()
+            return
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._arrived.wait()
@@ -2937,7 +2949,7 @@ class StreamingEngine:
         async with self._client.open_stream(connection, "/responses", body) as reads:
             await self._consume_sse(reads, call)
 
-    async def _consume_sse(self, reads: AsyncGenerator[bytes, None], call: _UpstreamCall) -> None:
+    async def _consume_sse(self, reads: _Reads, call: _UpstreamCall) -> None:
         decoder, state = SSEDecoder(), StreamState()
         async for chunk in reads:
             await call.hand_over(_reduce_frames(state, decoder.feed(chunk)))
@@ -2984,7 +2996,7 @@ def _reduce_frames(state: StreamState, frames: Iterable[SSEFrame]) -> list[Emiss
     return reduce_events(state, events)
 
 
-async def _drain(reads: AsyncGenerator[bytes, None]) -> None:
+async def _drain(reads: _Reads) -> None:
     """Read what follows the terminal event, so that the connection can be used again."""
     with contextlib.suppress(TimeoutError, PipeError):
         async with asyncio.timeout(_DRAIN_S):
@@ -3077,6 +3089,8 @@ class TurnLoop:
         translated = ResponsesBody.from_completions(
             body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
+        for text in translated.notices:
+            LOGGER.info("request %s: %s", job.request_id, text)
         await job.emitter.send([Notice(text) for text in translated.notices])
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         await self._engine.stream(connection, translated.payload, job.emitter.send, policy)
@@ -3138,6 +3152,8 @@ class Runtime:
         if self.loop is not None:
             return
         self.loop = asyncio.get_running_loop()
+        if not self._env.secret:
+            LOGGER.warning("No WEBUI_SECRET_KEY is set: API keys in the valves are stored as plain text.")
         runtimes = _live_runtimes()
         predecessor = runtimes.get(self.pipe_id)
         runtimes[self.pipe_id] = self
@@ -3182,8 +3198,6 @@ class Runtime:
             task.cancel()
 
     def _submit(self, job: _PipeJob) -> asyncio.Task[None]:
-        if self.retired:
-            raise AdmissionError("This function has just been updated. Please send the message again")
         task = job.task = asyncio.get_running_loop().create_task(
             self._work(job), name=f"answer {job.request_id}"
         )
@@ -3193,19 +3207,26 @@ class Runtime:
 
     async def _work(self, job: _PipeJob) -> None:
         try:
-            await self._turns.run(job)
-        except asyncio.CancelledError:
-            if job.ended_by is None:
-                LOGGER.info("request %s: stopped, used so far: %s", job.request_id, job.emitter.usage())
+            if self.retired:
+                words = "This function has just been updated. Please send the message again"
+                await job.emitter.send((Failed(AdmissionError(words)),))
             else:
-                await job.emitter.send((Failed(job.ended_by),))
+                await self._turns.run(job)
+        except asyncio.CancelledError:
+            LOGGER.info("request %s: stopped, used so far: %s", job.request_id, job.emitter.usage())
+            if job.ended_by is not None:
+                await self._say_last(job, job.ended_by)
             raise
         except Exception as exc:
             LOGGER.exception("request %s: unexpected error", job.request_id)
-            error = PipeError(f"Error id {job.request_id} ({type(exc).__name__})")
-            await job.emitter.send((Failed(error),))
+            await self._say_last(job, PipeError(f"Error id {job.request_id} ({type(exc).__name__})"))
         finally:
             job.emitter.aclose()
+
+    async def _say_last(self, job: _PipeJob, error: PipeError) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLEANUP_S):
+                await job.emitter.send((Failed(error),))
 
     def retire_soon(self) -> None:
         """`retire` on the loop this runtime lives on, wherever that is; nothing if it is gone."""
