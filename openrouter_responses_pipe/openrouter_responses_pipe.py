@@ -258,6 +258,19 @@ class ChatRequest:
     event_emitter: HostEventEmitter | None = None
 
 
+@dataclass(slots=True, eq=False)
+class _PipeJob:
+    """One chat request on its way through the runtime."""
+
+    request: ChatRequest
+    valves: Valves
+    emitter: Emitter
+    outlet: Outlet
+    request_id: str
+    task: asyncio.Task[None] | None = None
+    ended_by: PipeError | None = None  # why the runtime cancelled it
+
+
 # Emissions: what the pure core says has happened
 
 
@@ -3026,19 +3039,6 @@ def _retry_words(error: BaseException | None) -> str:
 # One chat request from start to end.
 # Promise: it ends in an answer or in one error said in words; nothing else is raised but a cancellation.
 # Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_turn_loop.py
-
-
-@dataclass(slots=True, eq=False)
-class _PipeJob:
-    """One chat request on its way through the runtime."""
-
-    request: ChatRequest
-    valves: Valves
-    emitter: Emitter
-    outlet: Outlet
-    request_id: str
-    task: asyncio.Task[None] | None = None
-    ended_by: PipeError | None = None  # why the runtime cancelled it
 
 
 class TurnLoop:
