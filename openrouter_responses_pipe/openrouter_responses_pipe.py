@@ -119,7 +119,10 @@ def _json_loads(data: bytes | str) -> Any:
     if orjson is not None:
         with contextlib.suppress(ValueError):
             return orjson.loads(data)
-    return json.loads(data)
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
 
 
 def _json_dumps(value: Any) -> bytes:
@@ -1484,7 +1487,15 @@ class SSEDecoder:
             self._pieces.append(piece)
         self._size += len(piece)
         if self._size > self._max_frame_bytes:
-            raise StreamError(f"An event of more than {self._max_frame_bytes} bytes arrived")
+            raise self._too_large()
+
+    def _frame(self, data: bytes) -> SSEFrame:
+        if len(data) > self._max_frame_bytes:
+            raise self._too_large()
+        return SSEFrame(data)
+
+    def _too_large(self) -> StreamError:
+        return StreamError(f"An event of more than {self._max_frame_bytes} bytes arrived")
 
     def _take(self, lines: list[bytes]) -> list[SSEFrame]:
         if self._first_line:
@@ -1495,7 +1506,7 @@ class SSEDecoder:
         for line in lines:
             if not line:
                 if data:
-                    frames.append(SSEFrame(data[0] if len(data) == 1 else b"\n".join(data)))
+                    frames.append(self._frame(data[0] if len(data) == 1 else b"\n".join(data)))
                     data.clear()
             elif line.startswith(b"data:"):
                 data.append(line[6:] if line[5:6] == b" " else line[5:])
