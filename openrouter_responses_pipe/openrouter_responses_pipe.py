@@ -110,15 +110,22 @@ _RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
 _SETUP_MODEL_ID: Final = "setup"
 
 
+_fast_loads: Final[Callable[[bytes | str], Any]] = orjson.loads if orjson is not None else json.loads
+
+
 def _json_loads(data: bytes | str) -> Any:
     """Decode JSON. Lone surrogates, which orjson refuses, are kept as they are.
 
     Raises:
         ValueError: the text is not JSON.
     """
-    if orjson is not None:
-        with contextlib.suppress(ValueError):
-            return orjson.loads(data)
+    try:
+        return _fast_loads(data)
+    except ValueError:
+        return _slow_loads(data)
+
+
+def _slow_loads(data: bytes | str) -> Any:
     try:
         return json.loads(data)
     except RecursionError:
@@ -1439,6 +1446,10 @@ def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
 # Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_sse_decoder.py
 
 
+# What a named tuple's own constructor calls, without the Python function around it: half the time.
+_new_tuple: Final = tuple.__new__
+
+
 class SSEDecoder:
     """Collects the `data` lines of an event stream; every other field and comment is passed over.
 
@@ -1465,22 +1476,26 @@ class SSEDecoder:
         if b"\r" in chunk:
             self._skip_lf = chunk.endswith(b"\r")
             chunk = chunk.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-        head, newline, tail = chunk.rpartition(b"\n")
-        if not newline:
-            self._keep(tail)
+        end = chunk.rfind(b"\n") + 1
+        if not end:
+            self._keep(chunk)
             return []
-        lines = b"".join((*self._pieces, head)).split(b"\n")
-        self._pieces.clear()
-        frames = self._take(lines)
+        text = chunk[:end]
+        if self._pieces:
+            text = b"".join((*self._pieces, text))
+            self._pieces.clear()
+        frames = self._take(text)
+        if self._size + end > self._max_frame_bytes:
+            self._check_sizes(frames)
         self._size = sum(map(len, self._data))
-        self._keep(tail)
+        self._keep(chunk[end:])
         return frames
 
     def close(self) -> list[SSEFrame]:
         """The stream has ended: return the frame that was still open, if there is one."""
-        line = b"".join(self._pieces)
+        text = b"".join((*self._pieces, b"\n\n"))
         self._pieces.clear()
-        return self._take([line, b""])
+        return self._take(text)
 
     def _keep(self, piece: bytes) -> None:
         if piece:
@@ -1489,42 +1504,55 @@ class SSEDecoder:
         if self._size > self._max_frame_bytes:
             raise self._too_large()
 
-    def _frame(self, data: bytes) -> SSEFrame:
-        if len(data) > self._max_frame_bytes:
+    def _check_sizes(self, frames: list[SSEFrame]) -> None:
+        if any(len(frame.data) > self._max_frame_bytes for frame in frames):
             raise self._too_large()
-        return SSEFrame(data)
 
     def _too_large(self) -> StreamError:
         return StreamError(f"An event of more than {self._max_frame_bytes} bytes arrived")
 
-    def _take(self, lines: list[bytes]) -> list[SSEFrame]:
+    def _take(self, text: bytes) -> list[SSEFrame]:
+        """The frames that `text`, whole lines each with its end, completes."""
         if self._first_line:
             self._first_line = False
-            lines[0] = lines[0].removeprefix(b"\xef\xbb\xbf")
+            text = text.removeprefix(b"\xef\xbb\xbf")
         frames: list[SSEFrame] = []
-        data = self._data
-        for line in lines:
-            if not line:
-                if data:
-                    frames.append(self._frame(data[0] if len(data) == 1 else b"\n".join(data)))
-                    data.clear()
-            elif line.startswith(b"data:"):
-                data.append(line[6:] if line[5:6] == b" " else line[5:])
-            elif line == b"data":
-                data.append(b"")
+        blocks = text.split(b"\n\n")
+        last = blocks.pop()
+        for block in blocks:
+            if block.startswith(b"data: ") and b"\n" not in block and not self._data:
+                frames.append(_new_tuple(SSEFrame, (block[6:],)))  # nearly every frame
+            else:
+                self._take_lines((*block.split(b"\n"), b""), frames)
+        self._take_lines(last.split(b"\n")[:-1], frames)
         return frames
+
+    def _take_lines(self, lines: Iterable[bytes], frames: list[SSEFrame]) -> None:
+        for line in lines:
+            if line.startswith(b"data:"):
+                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+            elif line == b"data":
+                self._data.append(b"")
+            elif not line and self._data:
+                frames.append(SSEFrame(b"\n".join(self._data)))
+                self._data.clear()
 
 
 def parse_frame(frame: SSEFrame) -> StreamEvent | None:
     """Decode a frame. None for `[DONE]`, an empty frame, and data that is no JSON object."""
-    data = frame.data
-    if not data.startswith(b"{") and not data.lstrip().startswith(b"{"):
-        return None
     try:
-        payload = _json_loads(data)
+        payload = _json_loads(frame.data)
     except ValueError:
         return None
-    return StreamEvent(str(payload.get("type") or ""), payload) if isinstance(payload, dict) else None
+    if not isinstance(payload, dict):
+        return None
+    kind = payload.get("type")
+    return _new_tuple(StreamEvent, (kind if isinstance(kind, str) else "", payload))
+
+
+def parse_frames(frames: Iterable[SSEFrame]) -> Iterator[StreamEvent]:
+    """The events of some frames, in order, each decoded when it is asked for; what is none is left out."""
+    return filter(None, map(parse_frame, frames))
 
 
 # ── 11. Event reducer ────────────────────────────────────────────────────────
@@ -1595,35 +1623,35 @@ def close_stream(state: StreamState) -> list[Emission]:
     return [Failed(StreamError("The connection ended before the answer was complete", retryable=True))]
 
 
-_RUN_KEYS: Final = ("output_index", "item_id", "content_index", "summary_index")
-
-
-def _join_runs(events: Iterable[StreamEvent]) -> Iterator[StreamEvent]:
+def _join_runs(events: Iterable[StreamEvent]) -> list[StreamEvent]:
+    """Make one event of deltas that continue each other; this is the hot loop of a fast stream."""
+    joined: list[StreamEvent] = []
     run: StreamEvent | None = None
     texts: list[str] = []
     for event in events:
         delta = event.payload.get("delta")
-        if not isinstance(delta, str):
-            yield from _one_event(run, texts)
-            run, texts = None, []
-            yield event
-        elif run is not None and _same_part(run, event):
+        if run is not None and isinstance(delta, str) and _continues(run, event):
             texts.append(delta)
-        else:
-            yield from _one_event(run, texts)
-            run, texts = event, [delta]
-    yield from _one_event(run, texts)
+            continue
+        if len(texts) > 1 and run is not None:
+            joined[-1] = StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+        joined.append(event)
+        run, texts = (event, [delta]) if isinstance(delta, str) else (None, [])
+    if len(texts) > 1 and run is not None:
+        joined[-1] = StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+    return joined
 
 
-def _same_part(first: StreamEvent, second: StreamEvent) -> bool:
-    a, b = first.payload, second.payload
-    return first.type == second.type and all(a.get(key) == b.get(key) for key in _RUN_KEYS)
-
-
-def _one_event(run: StreamEvent | None, texts: list[str]) -> Iterator[StreamEvent]:
-    if run is None:
-        return
-    yield run if len(texts) == 1 else StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+def _continues(run: StreamEvent, event: StreamEvent) -> bool:
+    """Whether `event` is more text of the same part."""
+    first, second = run.payload.get, event.payload.get
+    return (
+        run.type == event.type
+        and first("output_index") == second("output_index")
+        and first("item_id") == second("item_id")
+        and first("content_index") == second("content_index")
+        and first("summary_index") == second("summary_index")
+    )
 
 
 # Items
@@ -3016,8 +3044,7 @@ _VISIBLE: Final = (
 
 
 def _reduce_frames(state: StreamState, frames: Iterable[SSEFrame]) -> list[Emission]:
-    events = (event for frame in frames if (event := parse_frame(frame)) is not None)
-    return reduce_events(state, events)
+    return reduce_events(state, parse_frames(frames))
 
 
 async def _drain(reads: _Reads) -> None:

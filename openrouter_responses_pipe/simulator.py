@@ -7,7 +7,7 @@ through `Simulator.next` and `POST /_control/next`. Page: docs/simulator.md.
 
 How an answer comes to be, from the top of the file to the bottom:
 
-    request body ─▶ check ─▶ Turn ─▶ scenario(Turn) = Plan ─▶ wire (SSE chunks or one object) ─▶ script ─▶ socket
+    body ─▶ check ─▶ Turn ─▶ scenario(Turn) = Plan ─▶ wire (SSE chunks, or an object) ─▶ script ─▶ socket
 
 A Plan holds finished output items; the wires derive every event from them, so the streamed and the whole
 answer cannot differ. A script is a list of bytes (one write), float (seconds of silence) and CUT or RESET.
@@ -81,7 +81,9 @@ _OPTIONAL: Final[Json] = {
 _BASE_PARAMETERS: Final = ["max_tokens", "temperature", "top_p", "response_format", "structured_outputs"]
 
 
-def _model(slug: str, name: str, prices: str, modality: str, reasoning: Json | None = None, **extra: Any) -> Json:
+def _model(
+    slug: str, name: str, prices: str, modality: str, reasoning: Json | None = None, **extra: Any
+) -> Json:
     """Build one catalog row: `prices` is "prompt completion" in USD per token, `modality` "a+b->c"."""
     prompt, completion = prices.split()
     inputs, outputs = (side.split("+") for side in modality.split("->"))
@@ -114,19 +116,21 @@ def _model(slug: str, name: str, prices: str, modality: str, reasoning: Json | N
     return row | extra
 
 
+_SEES: Final = "text+image+file->text"
+_HEARS: Final = "text+image+file+audio+video->text"
 _ALIAS: Final[Json] = {"slug": "anthropic/claude-sonnet-4.6", "name": "Anthropic: Claude Sonnet 4.6"}
 CATALOG: Final[tuple[Json, ...]] = (
-    _model("openai/gpt-5-mini", "OpenAI: GPT-5 Mini", "0.00000025 0.000002", "text+image+file->text", _MANDATORY),
-    _model("openai/gpt-5", "OpenAI: GPT-5", "0.00000125 0.00001", "text+image+file->text", _MANDATORY),
-    _model("openai/gpt-4o-mini", "OpenAI: GPT-4o mini", "0.00000015 0.0000006", "text+image+file->text"),
-    _model("openai/gpt-5-image", "OpenAI: GPT-5 Image", "0.00001 0.00001", "text+image+file->text+image", _OPTIONAL),
-    _model("anthropic/claude-sonnet-4.6", _ALIAS["name"], "0.000003 0.000015", "text+image+file->text", _OPTIONAL),
-    _model("~anthropic/claude-sonnet-latest", "Anthropic: Claude Sonnet Latest", "0.000003 0.000015",
-           "text+image+file->text", _OPTIONAL, alias_target=_ALIAS),
-    _model("google/gemini-2.5-pro", "Google: Gemini 2.5 Pro", "0.00000125 0.00001",
-           "text+image+file+audio+video->text", _MANDATORY, context_length=1_048_576),
-    _model("google/gemini-2.5-flash", "Google: Gemini 2.5 Flash", "0.0000003 0.0000025",
-           "text+image+file+audio+video->text", _OPTIONAL, context_length=1_048_576),
+    _model("openai/gpt-5-mini", "OpenAI: GPT-5 Mini", "0.00000025 0.000002", _SEES, _MANDATORY),
+    _model("openai/gpt-5", "OpenAI: GPT-5", "0.00000125 0.00001", _SEES, _MANDATORY),
+    _model("openai/gpt-4o-mini", "OpenAI: GPT-4o mini", "0.00000015 0.0000006", _SEES),
+    _model("openai/gpt-5-image", "OpenAI: GPT-5 Image", "0.00001 0.00001", _SEES + "+image", _OPTIONAL),
+    _model("anthropic/claude-sonnet-4.6", _ALIAS["name"], "0.000003 0.000015", _SEES, _OPTIONAL),
+    _model("~anthropic/claude-sonnet-latest", "Anthropic: Claude Sonnet Latest", "0.000003 0.000015", _SEES,
+           _OPTIONAL, alias_target=_ALIAS),
+    _model("google/gemini-2.5-pro", "Google: Gemini 2.5 Pro", "0.00000125 0.00001", _HEARS, _MANDATORY,
+           context_length=1_048_576),
+    _model("google/gemini-2.5-flash", "Google: Gemini 2.5 Flash", "0.0000003 0.0000025", _HEARS, _OPTIONAL,
+           context_length=1_048_576),
     _model("google/gemini-2.5-flash-image", "Google: Gemini 2.5 Flash Image", "0.0000003 0.0000025",
            "text+image->text+image", tools=False),
     _model("deepseek/deepseek-r1-0528", "DeepSeek: R1 0528", "0.0000005 0.00000215", "text->text",
@@ -135,19 +139,22 @@ CATALOG: Final[tuple[Json, ...]] = (
            "text->text", context_length=131_072),
     _model("openai/gpt-oss-20b:free", "OpenAI: gpt-oss-20b (free)", "0 0", "text->text",
            {**_OPTIONAL, "default_enabled": True, "supported_efforts": _EFFORTS[:3]}, context_length=131_072),
-    _model("black-forest-labs/flux.2-pro", "Black Forest Labs: FLUX.2 Pro", "0 0", "text+image->image", tools=False),
-    _model("openrouter/auto", "Auto Router", "-1 -1", "text+image+file->text", context_length=2_000_000),
+    _model("black-forest-labs/flux.2-pro", "Black Forest Labs: FLUX.2 Pro", "0 0", "text+image->image",
+           tools=False),
+    _model("openrouter/auto", "Auto Router", "-1 -1", _SEES, context_length=2_000_000),
 )  # fmt: skip
 
 
 def _lookup(catalog: Mapping[str, Json], model_id: str) -> Json | None:
-    """Find the model that an id means: itself, a routing shortcut (`:nitro`), or a preset; else None."""
+    """Find the model that an id means (aliases, presets and `:nitro` and the like resolved), or None."""
     if model_id.startswith("@preset/"):
         return next(iter(catalog.values()), None)
     base = model_id
     while base not in catalog and base.endswith((":nitro", ":floor", ":exacto", ":online")):
         base = base.rpartition(":")[0]
-    return catalog.get(base)
+    row = catalog.get(base)
+    target = (row or {}).get("alias_target") or {}
+    return catalog.get(target.get("slug", ""), row)
 
 
 # ── 2. HTTP errors ───────────────────────────────────────────────────────────
@@ -205,7 +212,8 @@ _RAW_ENCRYPTED: Final = (
     '"param":null,"code":"invalid_encrypted_content"}}'
 )
 _PARSED_PDF: Final = {
-    "type": "file", "file": {"hash": "abc123", "name": "a.pdf", "content": [{"type": "text", "text": "Parsed"}]},
+    "type": "file",
+    "file": {"hash": "abc123", "name": "a.pdf", "content": [{"type": "text", "text": "Parsed"}]},
 }  # fmt: skip
 _ISSUE: Final = [{"code": "invalid_union", "path": ["input", 1], "message": "Invalid input"}]
 _NO_CREDIT: Final = (
@@ -243,11 +251,13 @@ HTTP_ERRORS: Final[dict[str, HttpError]] = {
         reasons=["harassment", "violence"], flagged_input="I will …[truncated]… you", provider_name="OpenAI",
         model_slug="openai/gpt-4o")),
     "403_guardrail": (403, {}, _gateway(
-        403, "Request blocked: prompt injection patterns detected", patterns=["ignore all previous instructions"])),
+        403, "Request blocked: prompt injection patterns detected",
+        patterns=["ignore all previous instructions"])),
     "404_privacy": (404, {}, _availability(
         404, "not_found", "No endpoints for openai/gpt-5 match your data policy.", "privacy_restricted",
         ["openai/gpt-5"], affected_providers=["openai", "azure"], excluded_by=["data_policy:zdr"])),
-    "404_no_providers": (404, {}, _gateway(404, "No allowed providers are available for the selected model.")),
+    "404_no_providers": (404, {}, _gateway(
+        404, "No allowed providers are available for the selected model.")),
     "408_timeout": (408, {}, _gateway(408, "Request timed out")),
     "413_too_large": (413, {}, _gateway(413, "Request body too large")),
     "422_unprocessable": (422, {}, _gateway(422, "Unprocessable request")),
@@ -256,13 +266,15 @@ HTTP_ERRORS: Final[dict[str, HttpError]] = {
         429, "rate_limit_exceeded", f"All providers for {_SONNET} are at capacity. Retry after 2 seconds.",
         "capacity_exhausted", [_SONNET], retry_after=2, affected_providers=["anthropic", "google-vertex"],
         fallback_models=["anthropic/claude-haiku-4.5"],
-        metadata={"previous_errors": [{"provider": "anthropic", "code": "capacity_exhausted", "status": 429}]})),
+        metadata={"previous_errors": [
+            {"provider": "anthropic", "code": "capacity_exhausted", "status": 429}]})),
     "429_upstream": (429, {}, _gateway(
         429, "Provider returned error", True,
         raw="z-ai/glm-4.6 is temporarily rate-limited upstream. Please retry shortly.",
         provider_name="ProviderA", limit_source="upstream_provider_shared_pool",
         remedy_hint="Retry shortly, add your own provider key, or route to another provider")),
-    "429_http_date": (429, {"Retry-After": "Fri, 21 Aug 2026 09:20:00 GMT"}, _gateway(429, "Rate limit exceeded")),
+    "429_http_date": (
+        429, {"Retry-After": "Fri, 21 Aug 2026 09:20:00 GMT"}, _gateway(429, "Rate limit exceeded")),
     "500_masked": (500, {}, _gateway(500, "Internal Server Error")),
     "502_provider": (502, {}, _gateway(
         502, "Provider returned an error", error_type="provider_unavailable", provider_code="upstream_reset",
@@ -307,12 +319,13 @@ _TYPES: Final[dict[str, Callable[[Any], bool]]] = {
     "any": lambda v: True,
 }
 Spec = Mapping[str, str]
+Where = tuple[str | int, ...]
 _FIELDS: Final[Spec] = {
     "background": "boolean?", "cache_control": "object", "debug": "object", "frequency_penalty": "number?",
     "image_config": "object", "include": "array?", "input": "string_or_array!", "instructions": "string?",
-    "max_output_tokens": "integer?", "max_tool_calls": "integer?", "metadata": "object?", "modalities": "array",
-    "model": "string", "models": "array", "parallel_tool_calls": "boolean?", "plugins": "array",
-    "presence_penalty": "number?", "previous_response_id": "any?", "prompt": "object?",
+    "max_output_tokens": "integer?", "max_tool_calls": "integer?", "metadata": "object?",
+    "modalities": "array", "model": "string", "models": "array", "parallel_tool_calls": "boolean?",
+    "plugins": "array", "presence_penalty": "number?", "previous_response_id": "any?", "prompt": "object?",
     "prompt_cache_key": "string?", "prompt_cache_options": "object?", "provider": "object?",
     "reasoning": "object?", "route": "string?", "safety_identifier": "string?", "service_tier": "string?",
     "session_id": "id", "stop_server_tools_when": "array", "store": "boolean", "stream": "boolean",
@@ -344,7 +357,8 @@ _PLUGINS: Final = frozenset({
     "web", "web-fetch", "file-parser", "context-compression", "response-healing", "auto-router",
     "auto-beta-router", "pareto-router", "fusion", "moderation"})  # fmt: skip
 _TOOLS: Final[Mapping[str, Spec]] = {
-    "function": {"name": "function_name!", "parameters": "object?", "strict": "boolean?", "description": "string?"},
+    "function": {"name": "function_name!", "parameters": "object?", "strict": "boolean?",
+                 "description": "string?"},
     "custom": {"name": "string!"},
     "mcp": {"server_label": "string!"},
 } | {
@@ -371,10 +385,10 @@ _ITEMS: Final[Mapping[str, Spec]] = {
 } | {
     kind: {}
     for kind in (
-        "file_search_call", "code_interpreter_call", "computer_call", "computer_call_output", "context_compaction",
-        "apply_patch_call", "apply_patch_call_output", "shell_call", "shell_call_output", "local_shell_call",
-        "local_shell_call_output", "mcp_list_tools", "mcp_approval_request", "mcp_approval_response", "mcp_call",
-        "additional_tools", "agent_message")
+        "file_search_call", "code_interpreter_call", "computer_call", "computer_call_output",
+        "context_compaction", "apply_patch_call", "apply_patch_call_output", "shell_call",
+        "shell_call_output", "local_shell_call", "local_shell_call_output", "mcp_list_tools",
+        "mcp_approval_request", "mcp_approval_response", "mcp_call", "additional_tools", "agent_message")
 }  # fmt: skip
 _PARTS: Final[dict[str, Spec]] = {
     "input_text": {"text": "string!"},
@@ -389,7 +403,8 @@ _ASSISTANT_PARTS: Final[dict[str, Spec]] = {
 _ROLES: Final = frozenset({"user", "system", "developer", "assistant"})
 _DETAILS: Final = frozenset({"auto", "low", "high", "original"})
 _NEEDS: Final = {
-    "input_image": "image", "image_url": "image", "input_audio": "audio", "input_video": "video", "video_url": "video",
+    "input_image": "image", "image_url": "image", "input_audio": "audio", "input_video": "video",
+    "video_url": "video",
 }  # fmt: skip
 
 
@@ -402,7 +417,7 @@ class _Checker:
     def issue(self, path: Sequence[str | int], message: str, code: str = "invalid_type") -> None:
         self.issues.append({"code": code, "path": list(path), "message": message})
 
-    def fields(self, path: tuple[str | int, ...], value: Json, spec: Spec) -> None:
+    def fields(self, path: Where, value: Json, spec: Spec) -> None:
         """Check required keys, types and nulls of one object against one spec."""
         for key, kind in spec.items():
             name = kind.rstrip("!?")
@@ -415,16 +430,17 @@ class _Checker:
             elif not _TYPES[name](value[key]):
                 self.issue((*path, key), f"Expected {name}, received {type(value[key]).__name__}")
 
-    def kind(self, path: tuple[str | int, ...], value: Any, table: Mapping[str, Spec], default: str = "") -> str:
+    def kind(self, path: Where, value: Any, table: Mapping[str, Spec], default: str = "") -> str:
         """Check one member of a union; return its type, or "" when it is not one of the table."""
         kind = value.get("type", default) if isinstance(value, dict) else None
-        if isinstance(kind, str) and (kind in table or (kind.startswith("openrouter:") and table is not _PARTS)):
+        open_union = table is _TOOLS or table is _ITEMS
+        if isinstance(kind, str) and (kind in table or (open_union and kind.startswith("openrouter:"))):
             self.fields(path, value, table.get(kind, {}))
             return kind
         self.issue(path, f"Invalid input: {kind!r}", "invalid_union")
         return ""
 
-    def parts(self, path: tuple[str | int, ...], parts: list[Any], table: Mapping[str, Spec]) -> None:
+    def parts(self, path: Where, parts: list[Any], table: Mapping[str, Spec]) -> None:
         """Check the content parts of a message or of a tool output."""
         for index, part in enumerate(parts):
             where = (*path, index)
@@ -446,7 +462,7 @@ class _Checker:
         elif kind == "function_call_output" and isinstance(item.get("output"), list):
             self.parts((*path, "output"), item["output"], _PARTS)
 
-    def message(self, path: tuple[str | int, ...], item: Json) -> None:
+    def message(self, path: Where, item: Json) -> None:
         """Check role and content: an assistant turn is a plain string, or output parts with an id."""
         if item.get("role") not in _ROLES:
             self.issue((*path, "role"), "Invalid enum value", "invalid_enum_value")
@@ -493,9 +509,9 @@ class _Checker:
         if isinstance(layout, dict) and layout.get("type") == "json_schema":
             self.fields(("text", "format"), layout, {"name": "string!", "schema": "object!"})
         pairs = body.get("metadata")
-        if isinstance(pairs, dict) and (
-            len(pairs) > 16 or any(not isinstance(v, str) or len(v) > 512 or len(k) > 64 for k, v in pairs.items())
-        ):
+        pairs = pairs if isinstance(pairs, dict) else {}
+        fits = all(isinstance(v, str) and len(v) <= 512 and len(k) <= 64 for k, v in pairs.items())
+        if len(pairs) > 16 or not fits:
             self.issue(("metadata",), "At most 16 pairs of strings, keys ≤ 64, values ≤ 512", "too_big")
 
 
@@ -533,7 +549,7 @@ def _check_pairs(items: list[Json]) -> None:
             seen.add(call_id)
         elif kind == "function_call_output":
             if call_id not in open_calls:
-                raise RefusalError(400, _provider_400(f"No tool call found for function call output with call_id {call_id}."))
+                raise RefusalError(400, _provider_400(f"No tool call found for output {call_id}."))
             open_calls.discard(call_id)
     if open_calls:
         raise RefusalError(400, _provider_400(f"No tool output found for function call {min(open_calls)}."))
@@ -569,10 +585,11 @@ def _check_model(body: Json, model: Json, kinds: set[str]) -> None:
             raise RefusalError(404, _gateway(404, f"No endpoints found that support {_NEEDS[kind]} input"))
     wanted = body.get("modalities") or []
     if not set(wanted) <= set(architecture["output_modalities"]):
-        raise RefusalError(404, _gateway(404, f"No endpoints found that support the output modalities: {', '.join(wanted)}"))
+        listed = ", ".join(wanted)
+        raise RefusalError(404, _gateway(404, f"No endpoints found that support output of {listed}"))
     reasoning = body.get("reasoning") or {}
     if reasoning.get("effort") == "none" and (model.get("reasoning") or {}).get("mandatory"):
-        raise RefusalError(400, _provider_400("Reasoning is mandatory for this model and cannot be disabled."))
+        raise RefusalError(400, _provider_400("Reasoning is mandatory for this model."))
     budget, cap = reasoning.get("max_tokens"), body.get("max_output_tokens")
     if budget and cap and cap <= budget:
         raise RefusalError(400, _provider_400("max_output_tokens must be greater than the reasoning budget"))
@@ -620,7 +637,8 @@ class Turn:
         if asked.get("enabled") is not None or asked.get("max_tokens"):
             return bool(asked.get("enabled", True))
         able = self.model.get("reasoning") or {}
-        return bool(able.get("mandatory") or (able.get("default_enabled") and able.get("default_effort") != "none"))
+        usual = able.get("default_enabled") and able.get("default_effort") != "none"
+        return bool(able.get("mandatory") or usual)
 
     def offers(self, word: str) -> bool:
         """Whether a tool type or plugin whose name contains `word` is on offer."""
@@ -670,13 +688,16 @@ def _seal(item: Json, author: str) -> str:
     return base64.b64encode(f"simulator:{author}:{digest}".encode()).decode()
 
 
+_SEALS: Final = (("encrypted_content", "400_encrypted_content"), ("signature", "400_thinking_signature"))
+
+
 def _check_seals(turn: Turn) -> None:
     """Raise RefusalError when a replayed reasoning item of ours was altered or belongs to another family."""
     items = turn.body.get("input")
     for item in items if isinstance(items, list) else []:
         if item.get("type") != "reasoning":
             continue
-        for key, name in (("encrypted_content", "400_encrypted_content"), ("signature", "400_thinking_signature")):
+        for key, name in _SEALS:
             seal = item.get(key) or ""
             if seal.startswith("c2ltdWxhdG9yO") and seal != _seal(item, turn.author):
                 raise RefusalError.named(name)
@@ -686,6 +707,7 @@ def _check_seals(turn: Turn) -> None:
 # A scenario is a function from a Turn and its parameters to a Plan, plus default parameters.
 
 Params = dict[str, Any]
+_LOST: Final = ("server_error", "provider_unavailable", "Provider disconnected unexpectedly")
 
 
 @dataclass
@@ -695,7 +717,7 @@ class Plan:
     items: list[Json] = field(default_factory=list)
     ending: str = "completed"  # a key of _ENDINGS
     reason: str = "max_output_tokens"
-    error: tuple[str, str, str] = ("server_error", "provider_unavailable", "Provider disconnected unexpectedly")
+    error: tuple[str, str, str] = _LOST  # code, error_type, message
     style: str = "deltas"  # function calls: deltas, interleaved, whole
     reasoning_tokens: int = 0
     searches: int = 0
@@ -706,8 +728,8 @@ class Plan:
 
 def _text_item(turn: Turn, text: str, annotations: list[Json] | None = None, item_id: str = "") -> Json:
     part = {"type": "output_text", "text": text, "annotations": annotations or []}
-    return {"type": "message", "id": item_id or f"msg_tmp_{turn.rid}", "role": "assistant", "status": "completed",
-            "content": [part]}  # fmt: skip
+    item_id = item_id or f"msg_tmp_{turn.rid}"
+    return {"type": "message", "id": item_id, "role": "assistant", "status": "completed", "content": [part]}
 
 
 def _reasoning_item(turn: Turn, summary: Sequence[str] = (), content: str = "", sealed: bool = False) -> Json:
@@ -797,8 +819,8 @@ def _reasoning_text(turn: Turn, params: Params) -> Plan:
 
 
 _EXAMPLES: Final[dict[str, Any]] = {
-    "city": "Oslo", "location": "Oslo", "place": "Oslo", "unit": "c", "url": "https://example.org/", "tz": "Europe/Oslo",
-    "timezone": "Europe/Oslo", "query": "openrouter responses api", "date": "2026-08-21",
+    "city": "Oslo", "location": "Oslo", "place": "Oslo", "unit": "c", "url": "https://example.org/",
+    "tz": "Europe/Oslo", "timezone": "Europe/Oslo", "query": "openrouter responses api", "date": "2026-08-21",
 }  # fmt: skip
 _BY_TYPE: Final[dict[str, Callable[[Json], Any]]] = {
     "integer": lambda schema: schema.get("minimum", 1),
@@ -829,7 +851,8 @@ def _arguments(schema: Json) -> Json:
     return {name: _example(name, properties.get(name) or {}) for name in names}
 
 
-_DEFAULT_TOOL: Final[Json] = {"name": "get_weather", "parameters": {"properties": {"city": {"type": "string"}}}}
+_CITY: Final = {"properties": {"city": {"type": "string"}}}
+_DEFAULT_TOOL: Final[Json] = {"name": "get_weather", "parameters": _CITY}
 
 
 def _tool(turn: Turn, params: Params) -> Plan:
@@ -839,7 +862,7 @@ def _tool(turn: Turn, params: Params) -> Plan:
         return _tool_answer(turn, params)
     by_name = {tool["name"]: tool for tool in turn.tools}
     named = str(params.get("name", ""))
-    chosen = [by_name.get(named, {"name": named, "parameters": {}})] if named else turn.tools or [_DEFAULT_TOOL]
+    chosen = [by_name.get(named, {"name": named})] if named else turn.tools or [_DEFAULT_TOOL]
     calls = []
     for index in range(count):
         tool = chosen[index % len(chosen)]
@@ -857,7 +880,8 @@ def _tool(turn: Turn, params: Params) -> Plan:
 def _tool_answer(turn: Turn, params: Params) -> Plan:
     """After tool outputs: a text that quotes them, so that no call is repeated."""
     quoted = "\n".join(f"- {_quote(output)}" for output in turn.outputs)
-    return Plan([_text_item(turn, f"The tools returned:\n\n{quoted}\n\nThat answers “{_quote(turn.text, 80)}”.")])
+    asked = _quote(turn.text, 80)
+    return Plan([_text_item(turn, f"The tools returned:\n\n{quoted}\n\nThat answers “{asked}”.")])
 
 
 _SOURCES: Final = (
@@ -884,21 +908,20 @@ def _web_search(turn: Turn, params: Params) -> Plan:
 
 def _datetime(turn: Turn, params: Params) -> Plan:
     stamp = time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime(turn.now))
-    item = {"type": "openrouter:datetime", "id": f"dt_tmp_{turn.rid}", "status": "completed", "datetime": stamp,
-            "timezone": "UTC"}  # fmt: skip
+    item = {"type": "openrouter:datetime", "id": f"dt_tmp_{turn.rid}", "status": "completed",
+            "datetime": stamp, "timezone": "UTC"}  # fmt: skip
     return Plan([item, _text_item(turn, f"It is {stamp}.")], server_tools=1)
 
 
 @lru_cache(maxsize=8)
 def _png(size: int = 32) -> str:
     """A valid square PNG (a colour gradient) of `size` pixels, in base64."""
-    rows = b"".join(
-        b"\0" + b"".join(bytes((x * 255 // size, y * 255 // size, 160)) for x in range(size)) for y in range(size)
-    )
+    shades = [number * 255 // size for number in range(size)]
+    rows = b"".join(b"\0" + b"".join(bytes((x, y, 160)) for x in shades) for y in shades)
     header = struct.pack(">IIBBBBB", size, size, 8, 2, 0, 0, 0)
     chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b""))
-    body = b"".join(struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks)
-    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + body).decode()
+    packed = [struct.pack(">I", len(d)) + k + d + struct.pack(">I", zlib.crc32(k + d)) for k, d in chunks]
+    return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(packed)).decode()
 
 
 def _image(turn: Turn, params: Params) -> Plan:
@@ -908,8 +931,10 @@ def _image(turn: Turn, params: Params) -> Plan:
               "result": f"data:image/png;base64,{data}"}  # fmt: skip
     server = {"type": "openrouter:image_generation", "id": f"ig_tmp_{turn.rid}", "status": "completed",
               "prompt": _quote(turn.text, 100), "result": data}  # fmt: skip
-    text = [_text_item(turn, "Here is your picture.")] if "text" in turn.model["architecture"]["output_modalities"] else []
-    return Plan([native if params["native"] else server, *text], server_tools=0 if params["native"] else 1)
+    items = [native if params["native"] else server]
+    if "text" in turn.model["architecture"]["output_modalities"]:
+        items.append(_text_item(turn, "Here is your picture."))
+    return Plan(items, server_tools=0 if params["native"] else 1)
 
 
 def _refusal(turn: Turn, params: Params) -> Plan:
@@ -920,10 +945,12 @@ def _refusal(turn: Turn, params: Params) -> Plan:
 
 def _incomplete(turn: Turn, params: Params) -> Plan:
     """The answer breaks off in mid-word; `text=0` spends the whole budget on reasoning."""
-    items = _thoughts(turn, params | ({} if params["text"] else {"reason": True}))
-    if params["text"]:
-        items.append(_text_item(turn, "Once upon a time there was a very long sto") | {"status": "incomplete"})
-    return Plan(items, ending="incomplete", reason=str(params["reason_code"]), reasoning_tokens=0 if params["text"] else 2048)
+    reason = str(params["reason_code"])
+    if not params["text"]:
+        thoughts = _thoughts(turn, params | {"reason": True})
+        return Plan(thoughts, ending="incomplete", reason=reason, reasoning_tokens=2048)
+    story = _text_item(turn, "Once upon a time there was a very long sto") | {"status": "incomplete"}
+    return Plan([*_thoughts(turn, params), story], ending="incomplete", reason=reason)
 
 
 def _failing(turn: Turn, params: Params) -> Plan:
@@ -944,7 +971,8 @@ def _golden(turn: Turn, params: Params) -> Plan:
     """Replay a recorded stream by name from the folder of recordings, or `body` as it is."""
     if "body" in params:
         return Plan(raw=str(params["body"]).encode())
-    path = Path(params.get("dir") or GOLDEN_DIR) / f"{Path(str(params.get('name', '01_plain_text'))).name}.sse"
+    name = Path(str(params.get("name", "01_plain_text"))).name
+    path = Path(params["dir"]) / f"{name}.sse"
     if not path.is_file():
         raise RefusalError(400, _gateway(400, f"simulator: no recording named {path.stem}"))
     return Plan(raw=path.read_bytes())
@@ -984,10 +1012,10 @@ class Scenario:
 
 
 def _error(shape: str, about: str, code: str, kind: str, message: str, **more: Any) -> Scenario:
-    return Scenario(_failing, about, {"shape": shape, "after": 3, "code": code, "type": kind, "message": message, **more})
+    defaults = {"shape": shape, "after": 3, "code": code, "type": kind, "message": message}
+    return Scenario(_failing, about, defaults | more)
 
 
-_LOST: Final = ("server_error", "provider_unavailable", "Provider disconnected unexpectedly")
 _LIMIT: Final = ("rate_limit_exceeded", "rate_limit_exceeded", "Rate limit exceeded. Please try again later.")
 _BUSY: Final = ("server_error", "provider_overloaded", "Provider is temporarily overloaded")
 _CALLS: Final[Params] = {"n": 1, "rounds": 1, "style": "deltas"}
@@ -998,17 +1026,20 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "reasoning_text": Scenario(_reasoning_text, "raw reasoning with signature, then text"),
     "tool": Scenario(_tool, "one function call; `name`, `args`, `say`, `rounds`", _CALLS),
     "tools": Scenario(_tool, "parallel calls, deltas interleaved", _CALLS | {"n": 2, "style": "interleaved"}),
-    "tool_whole": Scenario(_tool, "a call whose arguments come only in item.done", _CALLS | {"style": "whole"}),
+    "tool_whole": Scenario(_tool, "a call whose arguments come only in item.done",
+                           _CALLS | {"style": "whole"}),
     "tool_answer": Scenario(_tool_answer, "a text that quotes the tool outputs"),
     "web_search": Scenario(_web_search, "web_search_call, progress events, citations", {"native": 1}),
     "or_search": Scenario(_web_search, "openrouter:web_search item, citations", {"native": 0}),
     "datetime": Scenario(_datetime, "openrouter:datetime item, then text"),
-    "image": Scenario(_image, "image_generation_call with a PNG data URL of `size` pixels", {"native": 1, "size": 32}),
+    "image": Scenario(_image, "image_generation_call with a PNG data URL of `size` pixels",
+                      {"native": 1, "size": 32}),
     "or_image": Scenario(_image, "openrouter:image_generation with bare base64", {"native": 0, "size": 32}),
     "refusal": Scenario(_refusal, "a refusal part; the response is still completed"),
     "incomplete": Scenario(_incomplete, "ends with max_output_tokens; `text=0`: reasoning only",
                            {"reason_code": "max_output_tokens", "text": 1}),
-    "content_filter": Scenario(_incomplete, "ends with content_filter", {"reason_code": "content_filter", "text": 1}),
+    "content_filter": Scenario(_incomplete, "ends with content_filter",
+                               {"reason_code": "content_filter", "text": 1}),
     "empty": Scenario(lambda turn, params: Plan(), "completed without any output"),
     "completed_only": Scenario(_plain, "response.completed is the only event", {"reason": False, "only": 1}),
     "failed": _error("failed", "response.failed after `after` words", *_BUSY),
@@ -1023,9 +1054,12 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "burst": Scenario(_stream, "`tokens` deltas at full speed", {"rate": 0, "tokens": 10_000}),
     "stall": Scenario(_plain, "silence after `hang` writes, for `seconds` (default: for ever)", {"hang": 4}),
     "stall_headers": Scenario(_plain, "not even headers, for `wait` seconds", {"wait": FOREVER}),
-    "abrupt": Scenario(_plain, "the connection is cut after `cut` writes (how=reset: by RST)", {"cut": 4, "how": CUT}),
-    "eof": Scenario(_plain, "a clean end after `cut` writes without a terminal event", {"cut": 4, "how": "eof"}),
-    "keepalive": Scenario(_plain, "`comments` comments, `gap` seconds apart, then text", {"comments": 3, "gap": 0.05}),
+    "abrupt": Scenario(_plain, "the connection is cut after `cut` writes (how=reset: by RST)",
+                       {"cut": 4, "how": CUT}),
+    "eof": Scenario(_plain, "a clean end after `cut` writes without a terminal event",
+                    {"cut": 4, "how": "eof"}),
+    "keepalive": Scenario(_plain, "`comments` comments, `gap` seconds apart, then text",
+                          {"comments": 3, "gap": 0.05}),
     "bytewise": Scenario(_plain, "every byte in a write of its own", {"bytes": 1}),
     "golden": Scenario(_golden, "a recorded stream by `name`, or `body`"),
     "replay": Scenario(_golden, "the SSE bytes given as `body` (queue it by control)"),
@@ -1036,8 +1070,10 @@ _CONDITIONS: Final[dict[str, Callable[[Turn], bool]]] = {
     "": lambda turn: True,
     "tools": lambda turn: bool(turn.tools) and turn.body.get("tool_choice") != "none",
     "search": lambda turn: turn.offers("web") or turn.offers("online"),
-    "images": lambda turn: turn.offers("image_generation") or "image" in turn.model["architecture"]["output_modalities"],
-}  # fmt: skip
+    "images": lambda turn: (
+        turn.offers("image_generation") or "image" in turn.model["architecture"]["output_modalities"]
+    ),
+}
 # word in the last user message → (scenario, condition, parameters)
 WORDS: Final[dict[str, tuple[str, str, Params]]] = {
     "weather": ("tool", "tools", {}),
@@ -1061,8 +1097,9 @@ WORDS: Final[dict[str, tuple[str, str, Params]]] = {
     "nothing": ("empty", "", {}),
 }
 _WORD: Final = re.compile(rf"\b({'|'.join(WORDS)})\b", re.IGNORECASE)
-_CONTROL: Final = re.compile(r"\[\[\s*([a-z_]+)((?:\s+[a-z_]+=(?:\"[^\"]*\"|\{.*?\}(?=\s|\]\])|[^\s\]]+))*)\s*\]\]", re.DOTALL)
-_PAIR: Final = re.compile(r"([a-z_]+)=(\"[^\"]*\"|\{.*?\}(?=\s|$)|[^\s]+)", re.DOTALL)
+_VALUE: Final = r"(?:\"[^\"]*\"|\{.*?\}(?=\s|\]\]|$)|[^\s\]]+)"
+_CONTROL: Final = re.compile(rf"\[\[\s*([a-z_]+)((?:\s+[a-z_]+={_VALUE})*)\s*\]\]", re.DOTALL)
+_PAIR: Final = re.compile(rf"([a-z_]+)=({_VALUE})", re.DOTALL)
 
 
 def _value(text: str) -> Any:
@@ -1082,7 +1119,8 @@ def _choose(turn: Turn) -> tuple[str, Params]:
             raise RefusalError(400, _gateway(400, f"simulator: no scenario named {name}"))
         if turn.outputs and SCENARIOS[name].plan is not _tool:
             return "tool_answer", {}
-        if turn.outputs and "then" in params and len(turn.outputs) >= params.get("rounds", 1) * params.get("n", 1):
+        wanted = params.get("rounds", 1) * params.get("n", 1)
+        if turn.outputs and "then" in params and len(turn.outputs) >= wanted:
             return str(params["then"]), {}
         return name, params
     if turn.outputs:
@@ -1160,18 +1198,19 @@ def _response(turn: Turn, status: str = "in_progress", **changes: Any) -> Json:
 def _final_response(turn: Turn, plan: Plan) -> Json:
     """The response object of the terminal event, and the whole answer of a request without stream."""
     usage = _usage(turn, plan)
-    extra = {"openrouter_metadata": _router_metadata(turn)} if plan.params.get("router_metadata") else {}
+    extra: Json = {}
+    if plan.params.get("router_metadata"):
+        extra["openrouter_metadata"] = _router_metadata(turn)
     if plan.ending == "incomplete":
-        details = {"reason": plan.reason}
-        return _response(turn, "incomplete", output=plan.items, incomplete_details=details, usage=usage, **extra)
-    return _response(turn, "completed", output=plan.items, usage=usage, **extra)
+        extra["incomplete_details"] = {"reason": plan.reason}
+    return _response(turn, plan.ending, output=plan.items, usage=usage, **extra)
 
 
 def _router_metadata(turn: Turn) -> Json:
     row = {"provider": "SimulatedProvider", "model": turn.model["id"]}
     return {
-        "requested": turn.model_id, "strategy": "direct", "region": "local", "summary": "available=1", "attempt": 1,
-        "is_byok": False, "endpoints": {"total": 1, "available": [{**row, "selected": True}]},
+        "requested": turn.model_id, "strategy": "direct", "region": "local", "summary": "available=1",
+        "attempt": 1, "is_byok": False, "endpoints": {"total": 1, "available": [{**row, "selected": True}]},
         "attempts": [{**row, "status": 200}],
     }  # fmt: skip
 
@@ -1179,8 +1218,10 @@ def _router_metadata(turn: Turn) -> Json:
 @lru_cache(maxsize=64)
 def _delta_frames(head: bytes, tail: bytes, text: str, seq: int) -> tuple[bytes, ...]:
     """One frame per delta of `text`: head, delta, tail; the sequence number takes the place of `%d`."""
-    ends = (tail.replace(b"%d", b"%d" % number) for number in itertools.count(seq))
-    return tuple(b"data: " + head + _dumps(piece) + end + b"\n\n" for piece, end in zip(_split(text), ends, strict=False))
+    return tuple(
+        b"data: " + head + _dumps(piece) + tail.replace(b"%d", b"%d" % number) + b"\n\n"
+        for number, piece in enumerate(_split(text), seq)
+    )
 
 
 class _ResponsesWire:
@@ -1245,7 +1286,8 @@ class _ResponsesWire:
         self.interleaved(together)
 
     def added(self, index: int, item: Json, **changes: Any) -> None:
-        self.event("response.output_item.added", output_index=index, item=item | {"status": "in_progress"} | changes)
+        started = item | {"status": "in_progress"} | changes
+        self.event("response.output_item.added", output_index=index, item=started)
 
     def closed(self, index: int, item: Json) -> None:
         self.event("response.output_item.done", output_index=index, item=item)
@@ -1263,15 +1305,15 @@ class _ResponsesWire:
             if self.broken:
                 return
             for place, annotation in enumerate(part.get("annotations", [])):
-                self.event("response.output_text.annotation.added", **where, annotation_index=place, annotation=annotation)
+                note = {"annotation_index": place, "annotation": annotation}
+                self.event("response.output_text.annotation.added", **where, **note)
             self.event(f"response.{kind}.done", **where, **{key: part[key]}, **logprobs)
             self.event("response.content_part.done", **where, part=part)
         self.closed(index, item)
 
     def reasoning(self, index: int, item: Json) -> None:
         """Reasoning item: summary parts and raw text; seals and format come with item.done only."""
-        self.event("response.output_item.added", output_index=index,
-                   item={"type": "reasoning", "id": item["id"], "summary": [], "status": "in_progress"})  # fmt: skip
+        self.added(index, {"type": "reasoning", "id": item["id"]}, summary=[])
         for number, part in enumerate(item["summary"]):
             where = {"output_index": index, "item_id": item["id"], "summary_index": number}
             self.event("response.reasoning_summary_part.added", **where, part=part | {"text": ""})
@@ -1296,7 +1338,8 @@ class _ResponsesWire:
         self.closed(index, item)
 
     def call_delta(self, index: int, item: Json, piece: str) -> None:
-        self.event("response.function_call_arguments.delta", output_index=index, item_id=item["id"], delta=piece)
+        where = {"output_index": index, "item_id": item["id"]}
+        self.event("response.function_call_arguments.delta", **where, delta=piece)
         self.tick()
 
     def call_done(self, index: int, item: Json) -> None:
@@ -1428,7 +1471,8 @@ def _chat_citations(part: Json) -> list[Json]:
 
 def _chat_image(item: Json) -> Json:
     url = item["result"]
-    return {"type": "image_url", "image_url": {"url": url if url.startswith("data:") else f"data:image/png;base64,{url}"}}
+    url = url if url.startswith("data:") else f"data:image/png;base64,{url}"
+    return {"type": "image_url", "image_url": {"url": url}}
 
 
 def _chat_reasoning(item: Json, piece: str | None, index: int = 0) -> Json:
@@ -1513,7 +1557,8 @@ class _ChatWire:
         """Tool calls by index, ids and names in the first fragment only, arguments in turns."""
         for index, item in enumerate(calls):
             function = {"name": item["name"], "arguments": ""}
-            self.delta({"tool_calls": [{"index": index, "id": item["call_id"], "type": "function", "function": function}]})
+            call = {"index": index, "id": item["call_id"], "type": "function", "function": function}
+            self.delta({"tool_calls": [call]})
         for pieces in itertools.zip_longest(*(_fragments(item["arguments"]) for item in calls)):
             for index, piece in enumerate(pieces):
                 if piece is not None:
@@ -1548,9 +1593,11 @@ def _chat_completion(turn: Turn, plan: Plan) -> Json:
         elif item.get("result"):
             message.setdefault("images", []).append(_chat_image(item))
     finish = _finish_reason(plan)
-    choice = {"index": 0, "message": message, "finish_reason": finish, "native_finish_reason": finish, "logprobs": None}
-    return {"id": turn.id, "object": "chat.completion", "created": turn.now, "model": turn.model["id"],
-            "provider": "SimulatedProvider", "choices": [choice], "usage": _chat_usage(turn, plan)}  # fmt: skip
+    choice = {"index": 0, "message": message, "finish_reason": finish, "native_finish_reason": finish}
+    return {
+        "id": turn.id, "object": "chat.completion", "created": turn.now, "model": turn.model["id"],
+        "provider": "SimulatedProvider", "choices": [choice], "usage": _chat_usage(turn, plan),
+    }  # fmt: skip
 
 
 # ── 8. Delivery ──────────────────────────────────────────────────────────────
@@ -1641,27 +1688,28 @@ async def _play(request: web.Request, response: web.StreamResponse, script: Scri
     transport = request.transport
     if transport is None:
         raise ConnectionResetError
-    rate = float(params.get("rate", 0))
     for kind, steps in itertools.groupby(script, key=type):
-        for run in [list(steps)]:
-            if kind is float:
-                for seconds in run:
-                    await _pause(float(seconds))
-            elif kind is str:
-                if run[0] == RESET:
-                    _set_option(transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                transport.close()
-                return False
-            else:
-                await _write(response, transport, [chunk for chunk in run if isinstance(chunk, bytes)], rate, params)
+        run = list(steps)
+        if kind is float:
+            for seconds in run:
+                await _pause(float(seconds))
+        elif kind is str:
+            if run[0] == RESET:
+                _set_option(transport, socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            transport.close()
+            return False
+        else:
+            chunks = [chunk for chunk in run if isinstance(chunk, bytes)]
+            await _write(response, transport, chunks, params)
     await response.write_eof()
     return True
 
 
 async def _write(
-    response: web.StreamResponse, transport: asyncio.WriteTransport, chunks: list[bytes], rate: float, params: Params
+    response: web.StreamResponse, transport: asyncio.WriteTransport, chunks: list[bytes], params: Params
 ) -> None:
     """Write chunks: byte by byte, at a rate, or in blocks as fast as the client takes them."""
+    rate = float(params.get("rate", 0))
     if params.get("bytes"):
         for byte in b"".join(chunks):
             await response.write(bytes((byte,)))
@@ -1678,9 +1726,11 @@ async def _write(
 
 _KEPT_HEADERS: Final = frozenset({
     "authorization", "content-type", "accept", "user-agent", "http-referer", "x-title", "x-openrouter-title",
-    "x-openrouter-categories", "x-openrouter-metadata", "x-session-id", "x-anthropic-beta", "x-openrouter-cache",
-    "x-openrouter-cache-ttl", "x-openrouter-cache-clear", "accept-encoding", "content-encoding"})  # fmt: skip
-OPEN, COMPLETED, GONE, STOPPED, FAILED = "open", "completed", "client_disconnected", "server_stopped", "failed"
+    "x-openrouter-categories", "x-openrouter-metadata", "x-session-id", "x-anthropic-beta",
+    "x-openrouter-cache", "x-openrouter-cache-ttl", "x-openrouter-cache-clear", "accept-encoding",
+    "content-encoding"})  # fmt: skip
+OPEN, COMPLETED, GONE = "open", "completed", "client_disconnected"
+STOPPED, FAILED = "server_stopped", "failed"
 
 
 @dataclass
@@ -1819,7 +1869,10 @@ class Simulator:
         return sum(record.ended == OPEN for record in self.requests)
 
     async def wait_until(self, condition: Callable[[Simulator], bool], timeout: float = 5.0) -> None:
-        """Wait until `condition(self)` holds, looking again at each request and each end; raises TimeoutError."""
+        """Wait until `condition(self)` holds; raises TimeoutError.
+
+        It is looked at when a request arrives, gets its scenario, begins to stream, and ends.
+        """
         async with asyncio.timeout(timeout):
             while not condition(self):
                 await self._changed.wait()
@@ -1872,12 +1925,14 @@ class Simulator:
             del self._records[id(request)]
             self._notify()
 
-    async def _guarded(self, request: web.Request, handler: Any, record: RecordedRequest) -> web.StreamResponse:
+    async def _guarded(
+        self, request: web.Request, handler: Any, record: RecordedRequest
+    ) -> web.StreamResponse:
         """Run a handler; a RefusalError becomes its HTTP error, a queued scenario overrides a GET."""
         try:
             if request.method == "GET" and (queued := self._take(request.path, task=False)):
                 record.scenario = queued.name
-                params = SCENARIOS[queued.name].defaults | queued.params
+                params: Params = SCENARIOS[queued.name].defaults | queued.params
                 await _pause(float(params.get("wait", 0)))
                 if queued.name == "http_error":
                     raise RefusalError.named(str(params["name"]), params.get("retry_after"))
@@ -1898,8 +1953,8 @@ class Simulator:
         if key and not self.keep_keys:
             headers["authorization"] = f"Bearer #{digest}"
         record = RecordedRequest(
-            len(self.requests) + 1, request.method, request.path, dict(request.query), headers, digest, number,
-            time.time())  # fmt: skip
+            len(self.requests) + 1, request.method, request.path, dict(request.query), headers, digest,
+            number, time.time())  # fmt: skip
         self.requests.append(record)
         self._records[id(request)] = record
         self._notify()
@@ -1946,26 +2001,28 @@ class Simulator:
         row = _lookup(self.catalog, slug)
         if row is None:
             raise RefusalError(404, _gateway(404, f"No model named {slug}"))
+        shared: Json = {
+            "model_id": row["id"], "model_name": row["name"], "quantization": None, "status": 0,
+            "context_length": row["context_length"], "max_completion_tokens": None, "max_prompt_tokens": None,
+            "pricing": {**row["pricing"], "discount": 0}, "supported_parameters": row["supported_parameters"],
+            "supports_implicit_caching": False, "latency_last_30m": None, "throughput_last_30m": None,
+            "uptime_last_5m": 99.9, "uptime_last_30m": 99.5, "uptime_last_1d": None,
+        }  # fmt: skip
         endpoints = [
-            {"name": f"{name} | {row['id']}", "model_id": row["id"], "model_name": row["name"], "provider_name": name,
-             "tag": tag, "quantization": None, "context_length": row["context_length"], "max_completion_tokens": None,
-             "max_prompt_tokens": None, "pricing": {**row["pricing"], "discount": 0},
-             "supported_parameters": row["supported_parameters"], "supports_implicit_caching": False, "status": 0,
-             "latency_last_30m": None, "throughput_last_30m": None, "uptime_last_5m": 99.9, "uptime_last_30m": 99.5,
-             "uptime_last_1d": None}
+            shared | {"name": f"{name} | {row['id']}", "provider_name": name, "tag": tag}
             for name, tag in (("ProviderA", "provider-a"), ("ProviderB", "provider-b/fp8"))
-        ]  # fmt: skip
+        ]
         kept = ("id", "name", "created", "description", "architecture")
         return _json({"data": {key: row[key] for key in kept} | {"endpoints": endpoints}})
 
     async def _key(self, request: web.Request) -> web.Response:
         self._authorize(request)
-        spent = {f"{kind}usage{span}": 0 for kind in ("", "byok_") for span in ("", "_daily", "_weekly", "_monthly")}
+        spans = ("", "_daily", "_weekly", "_monthly")
+        spent = {f"{kind}usage{span}": 0 for kind in ("", "byok_") for span in spans}
         return _json({"data": {
             "label": "sk-or-v1-sim...000", "limit": 25, "limit_reset": "monthly", "limit_remaining": 25,
             "include_byok_in_limit": False, **spent, "is_free_tier": False, "is_management_key": False,
             "is_provisioning_key": False, "creator_user_id": None, "expires_at": None,
-            "rate_limit": {"requests": -1, "interval": "10s", "note": "This field is deprecated and safe to ignore."},
         }})  # fmt: skip
 
     async def _credits(self, request: web.Request) -> web.Response:
@@ -2030,6 +2087,7 @@ class Simulator:
         if scenario is None:
             raise RefusalError(400, _gateway(400, f"simulator: no scenario named {name}"))
         record.scenario = name
+        self._notify()
         params = {"rate": self.rate, "dir": self.golden, **scenario.defaults, **given}
         if request.headers.get("X-OpenRouter-Metadata") == "enabled":
             params["router_metadata"] = True
@@ -2056,14 +2114,14 @@ class Simulator:
             chunks = re.findall(rb".+?(?:\r?\n\r?\n|\Z)", plan.raw, flags=re.DOTALL)
         else:
             chunks = (_ChatWire if turn.chat else _ResponsesWire)(turn, plan).render()
-        headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache", "X-Generation-Id": turn.id}
-        response = web.StreamResponse(headers=headers)
+        headers = {"Cache-Control": "no-cache", "X-Generation-Id": turn.id}
+        response = web.StreamResponse(headers=headers | {"Content-Type": "text/event-stream"})
         response.enable_chunked_encoding()
-        record.streaming = True
         if request.transport is not None:
             _set_option(request.transport, socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         await response.prepare(request)
-        record.status = response.status
+        record.status, record.streaming = response.status, True
+        self._notify()
         if not await _play(request, response, _script(chunks, plan.params), plan.params):
             record.ended = CUT
         return response
@@ -2138,7 +2196,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     parser.add_argument("--key", help="accept only this key (default: any that does not begin with sk-bad)")
     parser.add_argument("--catalog", type=Path, help='JSON file with models: a list, or {"data": [...]}')
-    parser.add_argument("--rate", type=float, default=0, help="deltas per second of ordinary answers (default: all at once)")
+    parser.add_argument("--rate", type=float, default=0, help="deltas per second (default: all at once)")
     parser.add_argument("--golden", type=Path, help="folder of recorded streams")
     options = parser.parse_args(argv)
     catalog = None

@@ -2,4 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
+
+import pytest
 import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
+
+from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
+from openrouter_responses_pipe.simulator import Simulator
+from tests.support import running_pipe
+
+
+@pytest.fixture
+async def simulator() -> AsyncIterator[Simulator]:
+    """OpenRouter on a loopback port of its own."""
+    async with Simulator() as running:
+        yield running
+
+
+@pytest.fixture
+async def pipe(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Pipe]:
+    """A pipe that talks to the simulator and does not try again."""
+    monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
+    async with running_pipe(simulator.base_url) as running:
+        yield running
