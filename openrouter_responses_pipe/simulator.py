@@ -1074,7 +1074,8 @@ _CONDITIONS: Final[dict[str, Callable[[Turn], bool]]] = {
         turn.offers("image_generation") or "image" in turn.model["architecture"]["output_modalities"]
     ),
 }
-# word in the last user message → (scenario, condition, parameters)
+# word in the last user message → (scenario, condition, parameters); what breaks an answer has a hyphen,
+# so that nobody says it by chance
 WORDS: Final[dict[str, tuple[str, str, Params]]] = {
     "weather": ("tool", "tools", {}),
     "compare": ("tools", "tools", {}),
@@ -1087,14 +1088,14 @@ WORDS: Final[dict[str, tuple[str, str, Params]]] = {
     "markdown": ("markdown", "", {"rate": 60}),
     "essay": ("markdown", "", {"rate": 60, "parts": 6}),
     "slowly": ("drip", "", {"rate": 10, "tokens": 120}),
-    "truncate": ("incomplete", "", {}),
-    "refuse": ("refusal", "", {}),
+    "cut-short": ("incomplete", "", {}),
+    "refuse-me": ("refusal", "", {}),
     "overloaded": ("failed", "", {}),
     "ratelimit": ("http_error", "", {"name": "429_upstream", "times": 1}),
     "nocredit": ("http_error", "", {"name": "402_credits"}),
-    "disconnect": ("abrupt", "", {}),
-    "hang": ("stall", "", {}),
-    "nothing": ("empty", "", {}),
+    "cut-off": ("abrupt", "", {}),
+    "freeze-up": ("stall", "", {}),
+    "say-nothing": ("empty", "", {}),
 }
 _WORD: Final = re.compile(rf"\b({'|'.join(WORDS)})\b", re.IGNORECASE)
 _VALUE: Final = r"(?:\"[^\"]*\"|\{.*?\}(?=\s|\]\]|$)|[^\s\]]+)"
