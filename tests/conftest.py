@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 
 import pytest
-import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
 
+import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
 from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 from openrouter_responses_pipe.simulator import Simulator
 from tests.support import running_pipe
