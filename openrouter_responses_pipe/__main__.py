@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import logging
 import os
 import signal
 import sys
@@ -26,6 +27,7 @@ DEMO_EMAIL: Final = "admin@example.com"
 DEMO_PORTS: Final = range(8080, 8100)
 # Asked for in this order when OPENROUTER_API_KEY leads to the real OpenRouter.
 DEMO_MODELS: Final = ("openai/gpt-5-mini", "openai/gpt-4o-mini", "google/gemini-2.5-flash")
+DEMO_RATE: Final = 50  # words per second of the simulator: about what a real model does
 OPENROUTER_URL: Final = "https://openrouter.ai/api/v1"
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -131,7 +133,7 @@ def _serve(folder: Path, port: int, python: Path, stack: contextlib.ExitStack) -
     servers: list[webui.ServerProcess] = []
     base_url = None
     if not key:
-        simulator = webui.SimulatorServer(folder / "simulator.log", python=python)
+        simulator = webui.SimulatorServer(folder / "simulator.log", python=python, rate=DEMO_RATE)
         stack.callback(simulator.stop)
         simulator.launch()
         servers.append(simulator)
@@ -284,6 +286,7 @@ def chat_once(args: argparse.Namespace) -> int:
     if not key and not args.base_url:
         print("Set OPENROUTER_API_KEY, or name a server with --base-url.", file=sys.stderr)
         return USAGE
+    logging.disable(logging.WARNING)  # what it says is for a server's log
     try:
         return asyncio.run(_chat(args, key))
     except KeyboardInterrupt:
@@ -304,12 +307,13 @@ async def _chat(args: argparse.Namespace, key: str) -> int:
         "stream": True,
     }
     user = {"id": "terminal", "name": "Terminal", "email": "", "role": "admin"}
-    answer: Any = await pipe.pipe(body=body, __user__=user, __metadata__={})
-    if not hasattr(answer, "__aiter__"):
-        print(_error_text(answer) or answer, file=sys.stderr)
-        return FAILED
-    async with contextlib.aclosing(answer) as chunks:
-        error = await _print_chunks(chunks)
+    async with contextlib.aclosing(pipe):
+        answer: Any = await pipe.pipe(body=body, __user__=user, __metadata__={})
+        if hasattr(answer, "__aiter__"):
+            async with contextlib.aclosing(answer) as chunks:
+                error = await _print_chunks(chunks)
+        else:
+            error = _error_text(answer) or str(answer)
     if error:
         print(error, file=sys.stderr)
         return FAILED

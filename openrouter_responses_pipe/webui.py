@@ -182,13 +182,15 @@ def _answers(url: str) -> bool:
 class SimulatorServer(ServerProcess):
     """The project's OpenRouter simulator on a loopback port."""
 
-    def __init__(self, log: Path, *, port: int | None = None, python: Path | None = None) -> None:
+    def __init__(
+        self, log: Path, *, port: int | None = None, python: Path | None = None, rate: float = 0
+    ) -> None:
         self.port = port or free_port()
         self.base_url = f"http://{_LOOPBACK}:{self.port}/api/v1"
         super().__init__(
             "The OpenRouter simulator",
             "import sys\nfrom openrouter_responses_pipe.__main__ import main\nsys.exit(main(sys.argv[1:]))",
-            ["simulate", "--port", str(self.port)],
+            ["simulate", "--port", str(self.port), "--rate", str(rate)],
             python=python or Path(sys.executable),
             log=log,
             health=f"{self.base_url}/models",

@@ -1,0 +1,130 @@
+"""What a person sees and keeps when something stops an answer: the Stop button, OpenRouter, a wrong key."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+
+from openrouter_responses_pipe.webui import WebUIError
+from tests.e2e.driver import Tab, error_text, unique, until
+from tests.e2e.host import KEY, MODEL, Host
+from tests.e2e.upstream import Upstream
+
+
+@contextlib.asynccontextmanager
+async def valves(host: Host, **values: Any) -> AsyncIterator[None]:
+    """Change the administrator's settings for a while."""
+    host.admin.set_valves(values)
+    try:
+        yield
+    finally:
+        host.admin.set_valves(dict.fromkeys(values) | {"API_KEY": KEY, "BASE_URL": host.base_url})
+        host.admin.models(refresh=True)
+
+
+def check_sentence(text: str) -> None:
+    """A person reads this: words, no traceback, no internals, no key."""
+    assert text
+    assert len(text) < 1500
+    for fragment in ("Traceback", 'File "', "Exception(", "aiohttp", "NoneType", KEY, "sk-bad"):
+        assert fragment not in text
+
+
+async def test_stop(tab: Tab, upstream: Upstream) -> None:
+    """The upstream connection is closed within a second, and the text so far is part of the next question."""
+    question, word = unique("[[drip rate=40 tokens=4000]]")
+    turn = await tab.ask(question, MODEL)
+    await turn.wait(lambda t: "word9 " in t.text, "text")
+    pressed = time.monotonic()
+    await turn.stop()
+    await until(lambda: upstream.last(word)["ended"] != "open", "the upstream connection's end", 5)
+    assert time.monotonic() - pressed < 1.0
+    assert upstream.last(word)["ended"] == "client_disconnected"
+    message = await turn.done()
+    assert message["done"] is True
+    assert "word9" in message["content"]
+    assert not error_text(message)
+
+    question, word = unique("Where did you stop?")
+    await (await tab.ask(question, MODEL, after=turn)).done()
+    assert "word9" in str(upstream.last(word)["body"]["input"][-2])
+
+
+async def test_api_client_that_hangs_up(host: Host, upstream: Upstream) -> None:
+    question, word = unique("[[drip rate=40 tokens=4000]]")
+    body = {"model": MODEL, "stream": True, "messages": [{"role": "user", "content": question}]}
+    lines = host.admin.stream("/api/chat/completions", body)
+    assert next(lines)
+    lines.close()  # type: ignore[attr-defined]  # a generator: closing it closes the connection
+    await until(
+        lambda: upstream.last(word)["ended"] == "client_disconnected", "the upstream connection's end", 10
+    )
+
+
+@pytest.mark.parametrize(
+    "shape", ["failed", "error_flat", "error_nested", "response_error", "error_untyped", "abrupt"]
+)
+async def test_error_after_text_keeps_both(tab: Tab, shape: str) -> None:
+    turn = await tab.ask(
+        f"[[{shape} {'cut=12 reason=false' if shape == 'abrupt' else 'after=4'}]] Hello", MODEL
+    )
+    message = await turn.done()
+    assert message["done"] is True
+    assert message["content"].startswith("Hello!")
+    check_sentence(error_text(message))
+
+
+async def test_error_before_any_text(tab: Tab, upstream: Upstream) -> None:
+    turn = await tab.ask("[[http_error name=402_credits]]", MODEL)
+    message = await turn.done()
+    assert message["content"] == ""
+    check_sentence(error_text(message))
+    assert "credit" in error_text(message).lower()
+
+
+async def test_rate_limit_is_waited_out(tab: Tab, upstream: Upstream) -> None:
+    question, word = unique("Hello")
+    upstream.next("http_error", name="429_upstream", retry_after=1)
+    message = await (await tab.ask(question, MODEL)).done()
+    assert not error_text(message)
+    assert word in message["content"]
+    assert [record["status"] for record in upstream.asked(word)] == [429, 200]
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_wrong_key(host: Host, tab: Tab, streaming: bool) -> None:
+    async with valves(host, API_KEY="sk-bad-key"):
+        message = await (await tab.ask("Hello", MODEL, stream=streaming)).done()
+    check_sentence(error_text(message))
+    assert "key" in error_text(message).lower()
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+async def test_no_key(host: Host, tab: Tab, user_tab: Tab, streaming: bool) -> None:
+    """Everybody is told what an administrator has to set; the models stay listed."""
+    async with valves(host, API_KEY=None):
+        for page in (tab, user_tab):
+            message = await (await page.ask("Hello", MODEL, stream=streaming)).done()
+            check_sentence(error_text(message))
+            assert "API_KEY" in error_text(message)
+        assert host.admin.models(refresh=True)
+
+
+async def test_wrong_key_for_an_api_client(host: Host) -> None:
+    async with valves(host, API_KEY="sk-bad-key"):
+        try:
+            answer: Any = host.admin.complete(MODEL, "Hello")
+        except WebUIError as error:
+            answer = str(error)
+    check_sentence(str(answer))
+    assert "key" in str(answer).lower()
+
+
+async def test_openrouter_cannot_be_reached(host: Host, tab: Tab) -> None:
+    async with valves(host, BASE_URL="http://127.0.0.1:9/api/v1", RETRY_ATTEMPTS=0):
+        message = await (await tab.ask("Hello", MODEL)).done()
+    check_sentence(error_text(message))

@@ -1,0 +1,38 @@
+"""What the server wrote while all the other tests ran; collected last."""
+
+from __future__ import annotations
+
+import re
+
+from tests.e2e.host import KEY, Host
+
+# The host's note of an error that a person was shown, and ours of a catalog that could not be reached.
+EXPECTED = ("Provider returned error", "The model list could not be loaded: The connection was refused")
+
+
+def test_no_traceback(host: Host) -> None:
+    found = [match.start() for match in re.finditer(r"^Traceback", host.log, re.MULTILINE)]
+    assert not found, f"{len(found)} tracebacks; the first:\n{host.log[found[0] - 500 : found[0] + 3000]}"
+
+
+def test_no_warning_of_ours(host: Host) -> None:
+    """What the tests break is told to the user; the log says it once, and the host adds its own line."""
+    found = [
+        line
+        for line in host.log.splitlines()
+        if re.search(r"WARNING|ERROR|CRITICAL", line)
+        and re.search(r"openrouter|function_", line, re.IGNORECASE)
+        and not any(words in line for words in EXPECTED)
+    ]
+    assert not found, "\n".join(found[:20])
+
+
+def test_no_unfinished_task(host: Host) -> None:
+    signs = ("never retrieved", "was never awaited", "Unclosed", "was destroyed but it is pending")
+    found = [line for line in host.log.splitlines() if any(sign in line for sign in signs)]
+    assert not found, "\n".join(found[:20])
+
+
+def test_no_key_in_the_log(host: Host) -> None:
+    assert KEY not in host.log
+    assert "sk-bad-key" not in host.log
