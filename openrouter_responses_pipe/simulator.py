@@ -56,6 +56,7 @@ CUT: Final = "cut"  # close the connection without ending the body
 RESET: Final = "reset"  # the same with a TCP reset
 BLOCK: Final = 16_384  # bytes per write at full speed
 MAX_BODY: Final = 512 * 1024 * 1024
+MAX_RECORDS: Final = 20_000  # the oldest tenth is forgotten beyond that
 GOLDEN_DIR: Final = Path(__file__).resolve().parent.parent / "tests" / "data" / "golden"
 DONE: Final = b"data: [DONE]\n\n"
 COMMENT: Final = b": OPENROUTER PROCESSING\n\n"
@@ -408,6 +409,12 @@ _NEEDS: Final = {
 }  # fmt: skip
 
 
+def _list(body: Json, key: str) -> list[Any]:
+    """The list under a key, [] when there is something else."""
+    value = body.get(key)
+    return value if isinstance(value, list) else []
+
+
 class _Checker:
     """Collects the issues of one body, in the shape the API's own validator reports them."""
 
@@ -445,7 +452,7 @@ class _Checker:
         for index, part in enumerate(parts):
             where = (*path, index)
             kind = self.kind(where, part, table)
-            if kind == "input_image" and part.get("detail") not in _DETAILS:
+            if kind == "input_image" and str(part.get("detail")) not in _DETAILS:
                 self.issue((*where, "detail"), "Invalid enum value", "invalid_enum_value")
             audio = part.get("input_audio") if kind == "input_audio" else None
             if isinstance(audio, dict) and not (
@@ -464,7 +471,7 @@ class _Checker:
 
     def message(self, path: Where, item: Json) -> None:
         """Check role and content: an assistant turn is a plain string, or output parts with an id."""
-        if item.get("role") not in _ROLES:
+        if str(item.get("role")) not in _ROLES:
             self.issue((*path, "role"), "Invalid enum value", "invalid_enum_value")
         content = item.get("content")
         if not isinstance(content, list):
@@ -481,14 +488,14 @@ class _Checker:
             value: Any = body
             for key in path:
                 value = value.get(key) if isinstance(value, dict) else None
-            if value is not None and value not in allowed:
+            if value is not None and not (isinstance(value, str) and value in allowed):
                 self.issue(path, f"Invalid enum value: {value!r}", "invalid_enum_value")
         for key, members in _MEMBERS.items():
-            for value in body.get(key) or []:
-                if value not in members:
+            for value in _list(body, key):
+                if not (isinstance(value, str) and value in members):
                     self.issue((key,), f"Invalid enum value: {value!r}", "invalid_enum_value")
         self.options(body)
-        for index, tool in enumerate(body.get("tools") or []):
+        for index, tool in enumerate(_list(body, "tools")):
             self.kind(("tools", index), tool, _TOOLS)
         if isinstance(body.get("input"), list):
             for index, item in enumerate(body["input"]):
@@ -501,8 +508,8 @@ class _Checker:
             self.fields(("provider",), provider, _PROVIDER)
             for key in provider.keys() - _PROVIDER.keys():
                 self.issue(("provider",), f"Unrecognized key: {key!r}", "unrecognized_keys")
-        for index, plugin in enumerate(body.get("plugins") or []):
-            if not isinstance(plugin, dict) or plugin.get("id") not in _PLUGINS:
+        for index, plugin in enumerate(_list(body, "plugins")):
+            if not isinstance(plugin, dict) or str(plugin.get("id")) not in _PLUGINS:
                 self.issue(("plugins", index), "Invalid plugin", "invalid_union")
         text = body.get("text")
         layout = text.get("format") if isinstance(text, dict) else None
@@ -573,8 +580,9 @@ def _check_chat(body: Json) -> None:
         pending |= {call["id"] for call in message.get("tool_calls") or []}
     if pending:
         raise RefusalError(400, _provider_400(f"No tool output found for tool call {min(pending)}."))
-    if any("function" not in tool for tool in body.get("tools") or [] if tool.get("type") == "function"):
-        raise RefusalError(400, _gateway(400, "tools.0.function: Required", True))
+    flat = [tool for tool in body.get("tools") or [] if tool.get("type") == "function"]
+    if not all(isinstance(tool.get("function", {}).get("name"), str) for tool in flat):
+        raise RefusalError(400, _gateway(400, "tools: function.name: Required", True))
 
 
 def _check_model(body: Json, model: Json, kinds: set[str]) -> None:
@@ -649,7 +657,7 @@ class Turn:
 def _flatten(content: Any, kinds: set[str]) -> str:
     """Join the text parts of a message content and note the part types seen."""
     if not isinstance(content, list):
-        return content or ""
+        return content if isinstance(content, str) else ""
     kinds.update(part.get("type", "") for part in content)
     return "".join(part.get("text") or "" for part in content)
 
@@ -840,7 +848,7 @@ def _example(name: str, schema: Json) -> Any:
     if schema.get("enum"):
         return schema["enum"][0]
     kind = schema.get("type", "string")
-    kind = kind[0] if isinstance(kind, list) else kind
+    kind = next(iter(kind), "string") if isinstance(kind, list) else kind
     return _BY_TYPE[kind](schema) if kind in _BY_TYPE else _EXAMPLES.get(name, "example")
 
 
@@ -968,11 +976,13 @@ def _http_error(turn: Turn, params: Params) -> Plan:
 
 
 def _golden(turn: Turn, params: Params) -> Plan:
-    """Replay a recorded stream by name from the folder of recordings, or `body` as it is."""
+    """Replay `body` (text), `base64` (bytes), the file at `path`, or a recording by `name`."""
     if "body" in params:
         return Plan(raw=str(params["body"]).encode())
+    if "base64" in params:
+        return Plan(raw=base64.b64decode(str(params["base64"])))
     name = Path(str(params.get("name", "01_plain_text"))).name
-    path = Path(params["dir"]) / f"{name}.sse"
+    path = Path(params.get("path") or Path(params["dir"]) / f"{name}.sse")
     if not path.is_file():
         raise RefusalError(400, _gateway(400, f"simulator: no recording named {path.stem}"))
     return Plan(raw=path.read_bytes())
@@ -1061,8 +1071,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "keepalive": Scenario(_plain, "`comments` comments, `gap` seconds apart, then text",
                           {"comments": 3, "gap": 0.05}),
     "bytewise": Scenario(_plain, "every byte in a write of its own", {"bytes": 1}),
-    "golden": Scenario(_golden, "a recorded stream by `name`, or `body`"),
-    "replay": Scenario(_golden, "the SSE bytes given as `body` (queue it by control)"),
+    "golden": Scenario(_golden, "a recorded stream by `name`"),
+    "replay": Scenario(_golden, "the bytes given as `body` or `base64`, or of the file at `path`; queued only"),
     "task": Scenario(_task, "the JSON that Open WebUI's task prompts ask for"),
 }  # fmt: skip
 
@@ -1110,12 +1120,16 @@ def _value(text: str) -> Any:
     return text
 
 
+_QUEUED_ONLY: Final = frozenset({"dir", "path"})  # no chat message may name a file
+
+
 def _choose(turn: Turn) -> tuple[str, Params]:
     """Pick the scenario of a request from its text: (name, parameters)."""
     if _task_kind(turn):
         return "task", {}
     if control := _CONTROL.search(turn.text):
         name, params = control[1], {key: _value(text) for key, text in _PAIR.findall(control[2])}
+        params = {key: value for key, value in params.items() if key not in _QUEUED_ONLY}
         if name not in SCENARIOS:
             raise RefusalError(400, _gateway(400, f"simulator: no scenario named {name}"))
         if turn.outputs and SCENARIOS[name].plan is not _tool:
@@ -1772,6 +1786,10 @@ class _Queued:
     tasks: bool
 
 
+_NUMBERS: Final = frozenset({
+    "rate", "wait", "ttft", "hang", "seconds", "cut", "comments", "gap", "times", "tokens"})  # fmt: skip
+
+
 class Simulator:
     """A loopback server that speaks OpenRouter's API; use it as `async with Simulator() as sim`.
 
@@ -1800,7 +1818,7 @@ class Simulator:
         self._spent: Counter[tuple[str, str]] = Counter()
         self._records: dict[int, RecordedRequest] = {}  # by id() of the request being answered
         self._connections: weakref.WeakKeyDictionary[asyncio.BaseTransport, int] = weakref.WeakKeyDictionary()
-        self._connection_count = itertools.count(1)
+        self._connection_count, self._numbers = itertools.count(1), itertools.count(1)
         self._changed = asyncio.Event()
         self._closing = False
         self._runner: web.AppRunner | None = None
@@ -1913,6 +1931,9 @@ class Simulator:
             record.status = response.status
             record.ended = COMPLETED if record.ended == OPEN else record.ended
             return response
+        except web.HTTPException as error:
+            record.status, record.ended = error.status, COMPLETED
+            raise
         except ConnectionError:
             record.ended = GONE
             raise
@@ -1954,8 +1975,10 @@ class Simulator:
         if key and not self.keep_keys:
             headers["authorization"] = f"Bearer #{digest}"
         record = RecordedRequest(
-            len(self.requests) + 1, request.method, request.path, dict(request.query), headers, digest,
+            next(self._numbers), request.method, request.path, dict(request.query), headers, digest,
             number, time.time())  # fmt: skip
+        if len(self.requests) >= MAX_RECORDS:
+            del self.requests[: MAX_RECORDS // 10]
         self.requests.append(record)
         self._records[id(request)] = record
         self._notify()
@@ -2061,6 +2084,12 @@ class Simulator:
 
     def _turn(self, chat: bool, body: Json) -> Turn:
         """Check a body and read it into a Turn; raises RefusalError."""
+        try:
+            return self._checked_turn(chat, body)
+        except (KeyError, TypeError, AttributeError) as error:  # what no table describes and no code can read
+            raise RefusalError(400, _gateway(400, f"Invalid request body: {error!r}", True)) from error
+
+    def _checked_turn(self, chat: bool, body: Json) -> Turn:
         (_check_chat if chat else _check_responses)(body)
         asked = [body["model"]] if body.get("model") else []
         wanted = asked + (body.get("models") or []) or [next(iter(self.catalog))]
@@ -2092,7 +2121,11 @@ class Simulator:
         params = {"rate": self.rate, "dir": self.golden, **scenario.defaults, **given}
         if request.headers.get("X-OpenRouter-Metadata") == "enabled":
             params["router_metadata"] = True
-        plan = scenario.plan(turn, params)
+        try:
+            params |= {key: float(params[key]) for key in _NUMBERS & params.keys()}
+            plan = scenario.plan(turn, params)
+        except (TypeError, ValueError, AttributeError) as error:
+            raise RefusalError(400, _gateway(400, f"simulator: unusable parameters: {error}")) from error
         plan.params = params
         return plan
 
@@ -2192,7 +2225,10 @@ async def _serve(simulator: Simulator) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the simulator from the command line until it is interrupted; return the exit status."""
-    parser = argparse.ArgumentParser(prog="simulate", description="Imitate OpenRouter on a loopback port.")
+    parser = argparse.ArgumentParser(
+        prog="python -m openrouter_responses_pipe simulate",
+        description="Imitate OpenRouter on a loopback port.",
+    )
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     parser.add_argument("--key", help="accept only this key (default: any that does not begin with sk-bad)")

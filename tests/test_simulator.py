@@ -501,11 +501,30 @@ async def test_recordings_are_replayed_byte_for_byte(
     assert await _post(sim, http, _body(f"[[golden name={path.stem}]]")) == (200, _bytes(path))
 
 
-async def test_any_bytes_can_be_replayed(sim: Simulator, http: aiohttp.ClientSession) -> None:
-    order = {"scenario": "replay", "params": {"body": "data: not json\n\n: é\n\ndata: {}"}}
-    async with http.post(f"{sim.root_url}/_control/next", json=order) as answer:
-        assert answer.status == 200
-    assert await _post(sim, http, _body("hi")) == (200, order["params"]["body"].encode())
+async def test_any_bytes_can_be_replayed(sim: Simulator, http: aiohttp.ClientSession, tmp_path: Path) -> None:
+    raw = b"data: not json\n\n: \xff\n\ndata: {}"
+    file = tmp_path / "stream.sse"
+    file.write_bytes(raw)
+    for params in ({"base64": base64.b64encode(raw).decode()}, {"path": str(file)}):
+        order = {"scenario": "replay", "params": params}
+        async with http.post(f"{sim.root_url}/_control/next", json=order) as answer:
+            assert answer.status == 200
+        assert await _post(sim, http, _body("hi")) == (200, raw)
+    sim.next("replay", body="data: é\n\n")
+    assert await _post(sim, http, _body("hi")) == (200, "data: é\n\n".encode())
+    status, answered = await _post(sim, http, _body(f"[[golden path={file}]]"))
+    assert (status, raw in answered) == (200, False)  # a message may not name a file
+
+
+async def test_router_metadata_on_request(
+    sim: Simulator, http: aiohttp.ClientSession, strict: Schema
+) -> None:
+    headers = {"X-OpenRouter-Metadata": "enabled"}
+    async with http.post(f"{sim.base_url}/responses", json=_body("hi"), headers=headers) as answer:
+        last = _events(await answer.read())[-1]
+        assert answer.headers["X-Generation-Id"] == last["response"]["id"]
+    assert last["response"]["openrouter_metadata"]["requested"] == MODEL
+    assert strict.event_problems(last) == []
 
 
 # ── What it refuses ──────────────────────────────────────────────────────────
@@ -593,6 +612,33 @@ async def test_refusals(
 )
 async def test_acceptances(sim: Simulator, http: aiohttp.ClientSession, change: Json) -> None:
     assert (await _post(sim, http, _body("hi") | change))[0] == 200
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"modalities": 1.5},
+        {"tools": {}},
+        {"input": [None]},
+        {"input": [{"type": []}]},
+        {"input": [{"type": "reasoning", "id": "r", "summary": [], "content": [1]}, USER]},
+        {"input": [{"role": [], "content": 3}]},
+        {"reasoning": {"effort": {}}},
+        {"plugins": [[]]},
+        {"input": "[[drip rate=fast]]"},
+        {"input": "[[tool]]", "tools": [WEATHER | {"parameters": {"required": [[]]}}]},
+    ],
+)
+async def test_odd_bodies_are_refused_not_failed(
+    sim: Simulator, http: aiohttp.ClientSession, change: Json
+) -> None:
+    status, raw = await _post(sim, http, _body("hi") | change)
+    assert (status, "error" in json.loads(raw)) == (400, True)
+
+
+async def test_an_unknown_path_is_recorded(sim: Simulator, http: aiohttp.ClientSession) -> None:
+    assert (await _post(sim, http, {}, "/nowhere"))[0] == 404
+    assert (sim.requests[0].status, sim.requests[0].ended) == (404, "completed")
 
 
 async def test_an_alias_answers_with_the_name_of_its_target(
