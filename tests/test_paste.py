@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import weakref
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,6 @@ def a_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     for function_id in IDS:
         forget(function_id)
-
-
-@pytest.fixture
-async def simulator() -> AsyncIterator[Simulator]:
-    async with Simulator() as running:
-        yield running
 
 
 def install(function_id: str, simulator: Simulator) -> Loaded:
@@ -228,6 +222,19 @@ async def test_a_forgotten_load_is_freed(simulator: Simulator) -> None:
     gc.collect()
     assert [trace() for trace in traces] == [None, None]
     await live_runtime(new).retire()
+
+
+async def test_a_deleted_function_is_freed(simulator: Simulator) -> None:
+    """Nobody says good-bye when an admin deletes the function; no registry may keep it alive."""
+    loaded = install("openrouter", simulator)
+    assert await read(await ask(loaded, DRIP)) == (DRIPPED, "")
+    runtime = live_runtime(loaded)
+    await runtime.retire()
+    traces = [weakref.ref(loaded.pipe), weakref.ref(runtime)]
+    forget("openrouter")
+    del loaded, runtime
+    gc.collect()
+    assert [trace() for trace in traces] == [None, None]
 
 
 async def test_the_new_load_answers_after_the_reload(simulator: Simulator) -> None:
