@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from openrouter_responses_pipe import webui
 
@@ -122,12 +122,14 @@ def run_demo(args: argparse.Namespace) -> int:
         signal.signal(number, _interrupt)
     with _only_one(folder), contextlib.ExitStack() as stack:
         try:
-            return _serve(folder, port, python, stack)
+            _serve(folder, port, python, stack)
+        except KeyboardInterrupt:  # the way to stop it, at any time
+            return OK
         finally:
             _ignore_signals()
 
 
-def _serve(folder: Path, port: int, python: Path, stack: contextlib.ExitStack) -> int:
+def _serve(folder: Path, port: int, python: Path, stack: contextlib.ExitStack) -> NoReturn:
     """Start what the demo needs, each with its end on the stack, and wait."""
     key = os.environ.get("OPENROUTER_API_KEY", "")
     servers: list[webui.ServerProcess] = []
@@ -147,7 +149,7 @@ def _serve(folder: Path, port: int, python: Path, stack: contextlib.ExitStack) -
     with _progress("Installing the pipe and asking it a first question"):
         password = _prepare(server, key, base_url)
     _print_block(server, password, base_url)
-    return _stay(servers)
+    _stay(servers)
 
 
 def _webui_python() -> Path:
@@ -211,7 +213,7 @@ def _progress(title: str) -> Iterator[Callable[[float], None]]:
 
 def _prepare(server: webui.WebUIServer, key: str, base_url: str | None) -> str:
     """Log in, install and configure the pipe, see a chat answered; return the demo's password."""
-    password = webui.stored_secret(server.folder / "admin_password")
+    password = webui.stored_secret(server.folder / "admin_password", 6)
     client = webui.WebUIClient(server.url)
     try:
         client.signin(DEMO_EMAIL, password)
@@ -265,16 +267,13 @@ def _print_block(server: webui.WebUIServer, password: str, base_url: str | None)
     )
 
 
-def _stay(servers: Sequence[webui.ServerProcess]) -> int:
-    """Wait for Ctrl-C; raise when a server ends by itself."""
-    try:
-        while True:
-            for server in servers:
-                if not server.running:
-                    raise webui.WebUIError(f"{server.name} has ended by itself.\n{server.tail()}")
-            time.sleep(0.5)
-    except KeyboardInterrupt:
-        return OK
+def _stay(servers: Sequence[webui.ServerProcess]) -> NoReturn:
+    """Wait for ever; raise when a server ends by itself."""
+    while True:
+        for server in servers:
+            if not server.running:
+                raise webui.WebUIError(f"{server.name} has ended by itself.\n{server.tail()}")
+        time.sleep(0.5)
 
 
 # ── chat ──────────────────────────────────────────────────────────────

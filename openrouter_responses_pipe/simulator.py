@@ -1072,7 +1072,7 @@ SCENARIOS: Final[dict[str, Scenario]] = {
                           {"comments": 3, "gap": 0.05}),
     "bytewise": Scenario(_plain, "every byte in a write of its own", {"bytes": 1}),
     "golden": Scenario(_golden, "a recorded stream by `name`"),
-    "replay": Scenario(_golden, "the bytes given as `body` or `base64`, or of the file at `path`; queued only"),
+    "replay": Scenario(_golden, "the bytes of `body` or `base64`, or of the file at `path`; queued only"),
     "task": Scenario(_task, "the JSON that Open WebUI's task prompts ask for"),
 }  # fmt: skip
 

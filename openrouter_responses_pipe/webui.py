@@ -243,12 +243,12 @@ class WebUIServer(ServerProcess):
         self.start(child_environment(settings, proxies=proxies), cwd=data)
 
 
-def stored_secret(path: Path) -> str:
-    """Return the secret kept in this file, made and stored (owner-readable only) on first use."""
+def stored_secret(path: Path, size: int = 24) -> str:
+    """Return the secret kept in this file, made of `size` bytes (owner-readable only) on first use."""
     with contextlib.suppress(FileNotFoundError):
         return path.read_text(encoding="utf-8").strip()
     path.parent.mkdir(parents=True, exist_ok=True)
-    secret = secrets.token_urlsafe(24)
+    secret = secrets.token_hex(size)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as out:
         out.write(secret)
     return secret
