@@ -566,7 +566,7 @@ def _check_chat(body: Json) -> None:
     """Raise RefusalError for a /chat/completions body without usable messages (integer code, chat style)."""
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
-        raise RefusalError(400, _gateway(400, "Input required: specify \"prompt\" or \"messages\"", True))
+        raise RefusalError(400, _gateway(400, 'Input required: specify "prompt" or "messages"', True))
     pending: set[str] = set()
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in {*_ROLES, "tool"}:
