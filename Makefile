@@ -46,10 +46,10 @@ clean:  ## remove both environments, the demo's data and every cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(WEBUI_STAMP):
-	@$(FIND_PYTHON); exec "$$python" .ci/venv.py .webui/venv $@ $(WEBUI_PINS)
+	@$(FIND_PYTHON); exec "$$python" .ci/make_venv.py .webui/venv $@ $(WEBUI_PINS)
 
 $(DEV_STAMP): pyproject.toml
-	@$(FIND_PYTHON); exec "$$python" .ci/venv.py .venv $@ -e '.[dev]'
+	@$(FIND_PYTHON); exec "$$python" .ci/make_venv.py .venv $@ -e '.[dev]'
 
 $(E2E_STAMP): pyproject.toml | $(DEV_STAMP)
-	@$(FIND_PYTHON); exec "$$python" .ci/venv.py .venv $@ -e '.[dev,e2e]'
+	@$(FIND_PYTHON); exec "$$python" .ci/make_venv.py .venv $@ -e '.[dev,e2e]'

@@ -1,6 +1,6 @@
 """Make a virtual environment and fill it, saying in few lines what happens.
 
-    python .ci/venv.py FOLDER STAMP PIP-ARGUMENTS…
+    python .ci/make_venv.py FOLDER STAMP PIP-ARGUMENTS…
 
 Everything pip prints goes to FOLDER/install.log; the terminal gets one moving line, or, on failure,
 the lines that matter and one sentence. The stamp file is written only when all went well, so that a
@@ -71,7 +71,11 @@ def main(argv: list[str]) -> int:
     print(f"Installing {' '.join(wanted)} into {folder} (once; this can take some minutes)", flush=True)
     python = folder / "bin" / "python"
     if not _works(python):
-        venv.create(folder, clear=folder.exists(), with_pip=True)
+        try:
+            venv.create(folder, clear=folder.exists(), with_pip=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"{sys.executable} cannot make a virtual environment: {error}", file=sys.stderr)
+            return 1
     log = folder / "install.log"
     with Ticker("  pip") as ticker:
         status = _pip(
