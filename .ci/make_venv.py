@@ -123,15 +123,15 @@ def _pip(command: list[str], log: Path, ticker: Ticker) -> int:
 
 
 def _explain(log: Path) -> None:
-    """Print pip's own error lines, then one sentence on what to do."""
+    """Say in one sentence why pip failed; where the network is not the reason, after pip's own errors."""
     text = log.read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in text.splitlines() if line.startswith("ERROR") or "error:" in line]
-    for line in (lines or text.splitlines())[-10:]:
-        print(f"  {line[:300]}", file=sys.stderr)
     if _NETWORK.search(text):
         reason = "The package index cannot be reached: check the network connection and run this again."
     else:
         reason = "pip could not install the packages."
+        lines = [line for line in text.splitlines() if line.startswith("ERROR") or "error:" in line]
+        for line in (lines or text.splitlines())[-10:]:
+            print(f"  {line[:300]}", file=sys.stderr)
     print(f"{reason} (All of pip's output: {log})", file=sys.stderr)
 
 

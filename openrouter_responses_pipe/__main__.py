@@ -241,12 +241,14 @@ def _prepare(server: webui.WebUIServer, key: str, base_url: str | None) -> str:
 def _choose_model(client: webui.WebUIClient) -> tuple[str, str]:
     """Return id and name of the model that the demo opens with."""
     prefix = f"{webui.FUNCTION_ID}."
-    offered = {row["id"]: row.get("name", row["id"]) for row in client.models(refresh=True)}
-    ours = [model_id for model_id in offered if model_id.startswith(prefix)]
-    if not ours:
-        raise webui.WebUIError("Open WebUI lists no model of the pipe: see the log in the data folder.")
+    rows = [row for row in client.models(refresh=True) if row["id"].startswith(prefix)]
+    # OpenRouter's ids have an author; an entry without one only says what is wrong
+    offered = {row["id"]: row["name"] for row in rows if "/" in row["id"]}
+    if not offered:
+        words = rows[0]["name"] if rows else "see the log in the data folder"
+        raise webui.WebUIError(f"The pipe lists no model: {words}")
     wanted = [prefix + model for model in DEMO_MODELS if prefix + model in offered]
-    model_id = (wanted or ours)[0]
+    model_id = next(iter([*wanted, *offered]))
     return model_id, offered[model_id]
 
 
