@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NoReturn, cast
 
 from openrouter_responses_pipe import webui
 
@@ -297,6 +297,8 @@ def chat_once(args: argparse.Namespace) -> int:
 
 async def _chat(args: argparse.Namespace, key: str) -> int:
     """Ask, print, and close the stream whatever happens."""
+    # An Open WebUI that happens to be installed would read its settings and open its database.
+    sys.modules.setdefault("open_webui", cast(Any, None))
     from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 
     pipe = Pipe()
@@ -324,11 +326,11 @@ async def _chat(args: argparse.Namespace, key: str) -> int:
 async def _print_chunks(chunks: AsyncIterator[Any]) -> str:
     """Print text to stdout and reasoning, dimmed, to a terminal; return the error that ended it, if any."""
     dim = sys.stderr.isatty()
-    thinking = False
+    thinking = answering = False
+    error = ""
     async for chunk in chunks:
         if error := _error_text(chunk):
-            print()
-            return error
+            break
         delta = _delta(chunk)
         if (reasoning := delta.get("reasoning_content")) and dim:
             thinking = True
@@ -337,9 +339,13 @@ async def _print_chunks(chunks: AsyncIterator[Any]) -> str:
             if thinking:
                 thinking = False
                 print("\n", file=sys.stderr, flush=True)
+            answering = True
             print(content, end="", flush=True)
-    print(flush=True)
-    return ""
+    if thinking:
+        print(file=sys.stderr)
+    if answering:
+        print(flush=True)
+    return error
 
 
 def _delta(chunk: Any) -> dict[str, Any]:

@@ -18,10 +18,10 @@ from tests.e2e.upstream import Upstream
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the first test time to start the server, and look at the log last."""
+    """Give the first test time to start the server; run the demo before that, and look at the log last."""
     for item in items:
         item.add_marker(pytest.mark.timeout(300))
-    items.sort(key=lambda item: "host_log" in item.nodeid)
+    items.sort(key=lambda item: ("e2e_host_log" in item.nodeid) - ("e2e_run" in item.nodeid))
 
 
 @pytest.fixture(scope="session")

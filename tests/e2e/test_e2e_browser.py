@@ -107,3 +107,12 @@ async def test_turn_without_a_session(tab: Tab, upstream: Upstream) -> None:
     question, word = unique("Still there?")
     turn = await tab.ask(question, MODEL, after=first, session=False)
     check_saved(await turn.saved(), turn, upstream, word)
+
+
+async def test_temporary_chat(tab: Tab, upstream: Upstream) -> None:
+    """Nothing is saved; the page alone holds the chat and sends its history."""
+    question, word = unique("Forget this")
+    turn = await tab.ask(question, MODEL, chat_id=f"temporary:{tab.socket.get_sid()}")
+    await turn.wait(lambda t: t.ended, "end of turn")
+    assert word in turn.text
+    assert turn.data("status")[-1]["done"] is True
