@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import re
 import socket
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
@@ -155,6 +156,45 @@ async def test_the_key_is_that_of_the_connection_whatever_netrc_says(
     assert simulator.requests[0].headers["authorization"] == f"Bearer {KEY}"
 
 
+async def test_a_proxy_of_the_environment_is_used(
+    client: OpenRouterClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, _, _ = await read_request(reader)
+        asked.append(line)
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: 2\r\n\r\n{}")
+        await writer.drain()
+
+    async with hostile(proxy) as url:
+        monkeypatch.setenv("http_proxy", url.removesuffix("/api/v1"))
+        monkeypatch.setenv("no_proxy", "localhost,.internal.example")
+        assert await client.get_json(connection_to("http://far.example/api/v1"), "/models") == {}
+    assert asked == ["GET http://far.example/api/v1/models HTTP/1.1"]
+    error = await failure(client, connection_to(f"http://localhost:{free_port()}/api/v1"))
+    assert "refused" in error.detail
+
+
+@pytest.mark.parametrize("megabytes", [2, 12])
+async def test_a_large_payload(megabytes: int, client: OpenRouterClient, simulator: Simulator) -> None:
+    """Pictures ride in the body."""
+    payload = asking("x" * (megabytes << 20))
+    assert b"response.completed" in await post(client, connection_to(simulator.base_url), payload)
+    assert simulator.requests[0].body == payload
+
+
+async def test_a_refusal_before_the_payload_was_sent(client: OpenRouterClient) -> None:
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 413 Too Large\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
+        await writer.drain()
+
+    async with hostile(handle) as url:
+        error = await failure(client, connection_to(url), asking("x" * (20 << 20)))
+    one_sentence_without_secrets(error)
+
+
 # What OpenRouter refuses: name -> (template, retryable, seconds to wait, words)
 
 REFUSALS: dict[str, tuple[str, bool, float | None, str]] = {
@@ -224,6 +264,67 @@ async def test_a_refused_read_is_the_same_error(
     assert words in caught.value.detail
 
 
+@pytest.mark.parametrize(
+    ("said", "seconds"),
+    [
+        ("7", 7.0),
+        (" 0.5 ", 0.5),
+        ("0", 0.0),
+        ("-3", 0.0),
+        ("Fri, 21 Aug 2026 09:20:00 GMT", 7.0),
+        ("Fri, 21 Aug 2020 09:20:00 GMT", 0.0),
+        ("soon", None),
+        ("Fri, 99 Zzz", None),
+        ("Fri, 21 Aug 99999999 09:20:00 GMT", None),
+        ("", None),
+    ],
+)
+async def test_how_long_to_wait(said: str, seconds: float | None, simulator: Simulator) -> None:
+    simulator.next("http_error", name="500_masked", retry_after=said)
+    client = OpenRouterClient(now=lambda: BEFORE_THE_DATE)
+    try:
+        error = await failure(client, connection_to(simulator.base_url))
+    finally:
+        await client.aclose()
+    assert error.retry_after == seconds
+    assert error.user_message
+
+
+@pytest.mark.parametrize("said", ["inf", "-inf", "nan", "1e400", "1e18", "9" * 400])
+async def test_a_wait_that_is_no_time_is_still_told_in_words(
+    said: str, client: OpenRouterClient, simulator: Simulator
+) -> None:
+    simulator.next("http_error", name="500_masked", retry_after=said)
+    error = await failure(client, connection_to(simulator.base_url))
+    one_sentence_without_secrets(error)
+    assert len(error.user_message) < 200
+
+
+async def test_a_key_that_a_server_repeats_is_not_told(client: OpenRouterClient) -> None:
+    """Neither to the person nor to the log: some providers quote the key that they refuse."""
+    body = b'{"error": {"code": 401, "message": "Incorrect API key provided: %s"}}' % KEY.encode()
+    head = f"HTTP/1.1 401 No\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(head.encode() + body)
+        await writer.drain()
+
+    async with hostile(handle) as url:
+        error = await failure(client, connection_to(url))
+    assert "Incorrect API key provided" in error.user_message
+    assert KEY not in error.user_message
+    assert KEY not in f"{error!r} {error} {error.detail}"
+
+
+async def test_an_endless_message_is_cut(client: OpenRouterClient) -> None:
+    body = b'{"error": {"code": 500, "message": "%s"}}' % (b"on and on " * 10_000)
+    async with hostile(answering(body)) as url:
+        error = await failure(client, connection_to(url))
+    assert "on and on" in error.user_message
+    assert len(error.user_message) < 2_000
+
+
 # Answers that are no stream
 
 
@@ -259,6 +360,7 @@ def one_sentence_without_secrets(error: PipeError, *secrets: str) -> None:
     told = error.user_message
     assert told.endswith(".")
     assert not [secret for secret in (KEY, *secrets) if secret in told]
+    assert not re.search(r"[a-z]Error\b|Exception\b", told)  # words, not names of classes
 
 
 async def test_a_refused_connection(client: OpenRouterClient) -> None:
@@ -420,7 +522,7 @@ async def test_cancelling_closes_the_socket(
     await gone(simulator)
 
 
-async def test_cancelling_while_connecting(client: OpenRouterClient) -> None:
+async def test_cancelling_before_any_header(client: OpenRouterClient) -> None:
     reached = asyncio.Event()
     left = asyncio.Event()
 
@@ -440,17 +542,23 @@ async def test_cancelling_while_connecting(client: OpenRouterClient) -> None:
             await task
 
 
-async def test_closing_ends_what_is_open_and_may_be_repeated(simulator: Simulator) -> None:
-    client = OpenRouterClient()
-    await client.aclose()
+async def test_closing_ends_what_is_open_and_is_final(client: OpenRouterClient, simulator: Simulator) -> None:
     simulator.next("stall")
     connection = connection_to(simulator.base_url)
     task = asyncio.create_task(failure(client, connection))
-    await simulator.wait_until(lambda sim: len(inferences(sim)) == 1)
+    await simulator.wait_until(lambda sim: any(record.streaming for record in inferences(sim)))
     await client.aclose()
     await client.aclose()
-    assert isinstance(await task, StreamError)
+    one_sentence_without_secrets(await task)
     await gone(simulator)
+    one_sentence_without_secrets(await failure(client, connection))
+    assert len(simulator.requests) == 1
+
+
+async def test_closing_what_was_never_used() -> None:
+    client = OpenRouterClient()
+    await client.aclose()
+    await client.aclose()
 
 
 async def test_a_slow_reader_loses_nothing(client: OpenRouterClient) -> None:

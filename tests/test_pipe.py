@@ -80,6 +80,14 @@ async def test_a_menu_that_is_refused(name: str, pipe: Pipe, simulator: Simulato
     one_entry_that_explains(await pipe.pipes())
 
 
+@pytest.mark.parametrize("retry_after", ["inf", "nan", "1e400", "soon"])
+async def test_a_menu_that_is_refused_for_an_odd_time(
+    retry_after: str, pipe: Pipe, simulator: Simulator
+) -> None:
+    simulator.next("http_error", name="503_no_provider", on="/models", retry_after=retry_after)
+    one_entry_that_explains(await pipe.pipes())
+
+
 NO_CATALOG: dict[str, bytes] = {
     "nothing": b"",
     "a page": b"<html>busy</html>",

@@ -360,7 +360,7 @@ class Breaks(Mapping[str, Any]):
 def _endless() -> Json:
     loop: Json = {"type": "object"}
     loop["properties"] = {"again": loop}
-    return {"tools": [{"type": "function", "function": {"name": "loop", "parameters": loop}}]}
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "loop", "schema": loop}}}
 
 
 UNEXPECTED: dict[str, Json] = {
