@@ -1,0 +1,346 @@
+"""Errors: OpenRouter's answers in every shape, and the words a person sees."""
+
+from __future__ import annotations
+
+import json
+from email.utils import formatdate
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from openrouter_responses_pipe.openrouter_responses_pipe import (
+    _ADVICE,
+    AdmissionError,
+    ConfigurationError,
+    InputError,
+    OpenRouterAPIError,
+    PipeError,
+    StreamError,
+    _api_error,
+    _event_error,
+    _in_words,
+    _RetryableHTTPStatusError,
+    render_error,
+)
+
+Json = dict[str, Any]
+DATA: Final = Path(__file__).parent / "data" / "openrouter"
+CASES: Final[list[Json]] = json.loads((DATA / "error_bodies.json").read_text("utf-8"))["cases"]
+NOW: Final = 1787304000.0  # 2026-08-21 09:20:00 GMT is one of the recorded dates
+
+
+def content_of(case: Json) -> bytes:
+    body = case["body"]
+    return body.encode() if isinstance(body, str) else json.dumps(body).encode()
+
+
+def error_of(case: Json) -> OpenRouterAPIError:
+    return _api_error(case["status"], case["headers"], content_of(case), NOW)
+
+
+# name -> (template, what the person must read)
+WORDS: Final[dict[str, tuple[str, str]]] = {
+    "400_bad_request_int_code": ("provider", 'Input required: specify "input"'),
+    "400_responses_validation_string_code": ("provider", "Invalid Responses API request"),
+    "400_provider_raw": ("provider", "Invalid value for temperature: at most 1"),
+    "400_thinking_signature": ("provider", "Invalid `signature` in `thinking` block"),
+    "400_context_too_long": ("provider", "maximum context length is 8192 tokens"),
+    "400_store_true": ("provider", "store must be false"),
+    "400_model_not_found": ("provider", "acme/none-1 is not a valid model ID"),
+    "401_bad_key": ("authentication", "User not found."),
+    "402_credits": ("credits", "can only afford 2666"),
+    "403_moderation": ("moderation", "openai/gpt-4o requires moderation. Your input was flagged."),
+    "403_guardrail": ("moderation", "prompt injection patterns detected"),
+    "404_privacy": ("not_found", "No endpoints for openai/gpt-5 match your data policy."),
+    "404_no_providers": ("not_found", "No allowed providers are available"),
+    "408_timeout": ("timeout", "Request timed out"),
+    "413_too_large": ("provider", "Request body too large"),
+    "422_unprocessable": ("provider", "Unprocessable request"),
+    "429_free_daily": ("rate_limit", "Add 10 credits to unlock 1000 free model requests per day"),
+    "429_capacity_exhausted": ("rate_limit", "All providers for anthropic/claude-sonnet-4.5 are at capacity"),
+    "429_upstream": ("rate_limit", "z-ai/glm-4.6 is temporarily rate-limited upstream"),
+    "429_http_date": ("rate_limit", "Rate limit exceeded"),
+    "500_masked": ("provider", "Internal Server Error"),
+    "502_provider": ("provider", "Provider returned an error"),
+    "503_no_provider": ("provider", "No instances available"),
+    "524_edge_timeout": ("timeout", "Request timed out. Please try again later."),
+    "529_overloaded": ("provider", "Provider returned error"),
+    "502_html": ("provider", "502"),
+    "200_error_body": ("provider", "Provider returned error"),
+}
+WAITS: Final = {"429_capacity_exhausted": 2.0, "503_no_provider": 5.0, "429_http_date": 0.0}
+
+bodies = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
+
+
+def test_every_recorded_body_has_its_words_here() -> None:
+    assert {case["name"] for case in CASES} == set(WORDS)
+
+
+@bodies
+def test_recorded_bodies(case: Json) -> None:
+    error = error_of(case)
+    template, words = WORDS[case["name"]]
+    assert error.retryable == case["retryable"]
+    assert isinstance(error, _RetryableHTTPStatusError) == case["retryable"]
+    assert error.template == template
+    assert words in error.user_message
+    assert error.retry_after == WAITS.get(case["name"])
+    late = 502 if case["name"] == "200_error_body" else None
+    assert error.status == (late or case["status"])
+
+
+@bodies
+def test_no_text_names_a_user_or_repeats_what_was_flagged(case: Json) -> None:
+    text = error_of(case).user_message
+    error = case["body"].get("error", {}) if isinstance(case["body"], dict) else {}
+    flagged = (error.get("metadata") or {}).get("flagged_input")
+    for secret in ("user_2abcDEF", "user_id", flagged, "<html", "cloudflare"):
+        assert secret is None or secret not in text
+
+
+@bodies
+def test_a_message_is_one_line_that_ends_a_sentence(case: Json) -> None:
+    text = error_of(case).user_message
+    assert "\n" not in text
+    assert text[-1] in ".!?"
+    assert text.lower().count("try again") <= 1
+
+
+@pytest.mark.parametrize(
+    ("value", "seconds"),
+    [
+        ("0", 0.0),
+        ("7", 7.0),
+        (" 2.5 ", 2.5),
+        ("-3", 0.0),
+        (formatdate(NOW + 90, usegmt=True), 90.0),
+        (formatdate(NOW - 90, usegmt=True), 0.0),
+        ("soon", None),
+        ("", None),
+        ("Fri, 99 Foo 2026 09:20:00 GMT", None),
+    ],
+)
+def test_retry_after(value: str, seconds: float | None) -> None:
+    assert _api_error(429, {"Retry-After": value}, b"", NOW).retry_after == seconds
+    body = json.dumps({"error": {"availability": {"retry_after": value}}}).encode()
+    assert _api_error(429, {}, body, NOW).retry_after == seconds
+
+
+def test_the_header_wins_over_the_body() -> None:
+    body = b'{"error": {"message": "m", "availability": {"retryable": true, "retry_after": 9}}}'
+    assert _api_error(429, {"Retry-After": "3"}, body, NOW).retry_after == 3.0
+    assert _api_error(429, {}, body, NOW).retry_after == 9.0
+
+
+@pytest.mark.parametrize("value", ["inf", "1e400", "nan", "-inf", "9" * 400])
+def test_a_wait_without_measure_can_be_said(value: str) -> None:
+    error = _api_error(429, {"Retry-After": value}, b"", NOW)
+    assert "Too many requests" in error.user_message
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b'{"error": "only words"}', "only words"),
+        (b'{"error": {"message": "m", "metadata": {"raw": "\\"a JSON text\\""}}}', "a JSON text"),
+        (b'{"error": {"message": "m", "metadata": {"raw": "{\\"error\\": \\"inner\\"}"}}}', "inner"),
+        (b'{"error": {"message": "m", "metadata": {"raw": "{\\"message\\": \\"inner\\"}"}}}', "inner"),
+        (b'{"error": {"message": "m", "metadata": {"raw": "{\\"error\\": {}}"}}}', "m."),
+        (b'{"error": {"message": "m", "metadata": {"raw": "null"}}}', "m."),
+        (b'{"error": {"message": "m", "metadata": {"raw": "  "}}}', "m."),
+        (b'{"error": {"message": "m", "metadata": {"raw": {"a": 1}}}}', "m."),
+        (b'{"error": {"message": "m", "metadata": "text"}}', "m."),
+        (b'{"error": {"message": "two\\nlines"}}', "two lines."),
+        (b'{"error": {"message": null}}', "HTTP 400"),
+        (b'{"error": []}', "HTTP 400"),
+        (b"[]", "HTTP 400"),
+        (b"", "HTTP 400"),
+        (b"\xff\xfe", "HTTP 400"),
+    ],
+)
+def test_words_in_every_place(content: bytes, words: str) -> None:
+    assert words in _api_error(400, {}, content, NOW).user_message
+
+
+def test_long_words_are_cut() -> None:
+    body = {"error": {"message": "m", "metadata": {"raw": "x" * 100_000}}}
+    assert len(_api_error(400, {}, json.dumps(body).encode(), NOW).user_message) < 1000
+
+
+JSON: Final = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=6),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["error", "message", "metadata", "raw", "code", "availability", "retryable"]),
+            inner,
+            max_size=4,
+        )
+    ),
+    max_leaves=10,
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    status=st.sampled_from([200, 400, 403, 429, 500, 599]),
+    body=JSON | st.dictionaries(st.just("error"), JSON),
+)
+def test_any_body_can_be_said(status: int, body: Any) -> None:
+    error = _api_error(status, {}, json.dumps(body).encode(), NOW)
+    assert error.user_message
+    assert isinstance(error.retryable, bool)
+    assert isinstance(error, _RetryableHTTPStatusError) == error.retryable
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    error=st.dictionaries(st.sampled_from(["code", "message", "metadata", "param"]), JSON), exact=st.text()
+)
+def test_any_failure_in_a_stream_can_be_said(error: Json, exact: str) -> None:
+    assert _event_error(error, exact).user_message
+
+
+# In the stream: exact type or code -> (template, whether another try may help); reference of the API
+EXACT_TYPES: Final[dict[str, tuple[str, bool]]] = {
+    "rate_limit_exceeded": ("rate_limit", True),
+    "provider_overloaded": ("provider", True),
+    "provider_unavailable": ("provider", True),
+    "timeout": ("timeout", True),
+    "server": ("provider", True),
+    "unmapped": ("provider", True),
+    "invalid_request": ("provider", False),
+    "context_length_exceeded": ("provider", False),
+    "invalid_prompt": ("provider", False),
+    "authentication": ("authentication", False),
+    "permission_denied": ("moderation", False),
+    "payment_required": ("credits", False),
+    "not_found": ("not_found", False),
+    "payload_too_large": ("provider", False),
+    "unprocessable": ("provider", False),
+    "precondition_failed": ("provider", False),
+    "content_policy_violation": ("moderation", False),
+    "refusal": ("provider", False),
+    "invalid_image": ("provider", False),
+    "something_new": ("provider", False),
+}
+
+
+@pytest.mark.parametrize("exact", EXACT_TYPES)
+def test_exact_types(exact: str) -> None:
+    error = _event_error({"code": "server_error", "message": "words of the provider"}, exact)
+    assert isinstance(error, StreamError)
+    assert (error.template, error.retryable) == EXACT_TYPES[exact]
+    assert "words of the provider" in error.user_message
+    inside = {"message": "m", "metadata": {"error_type": exact}}
+    assert (_event_error(inside).template, _event_error(inside).retryable) == EXACT_TYPES[exact]
+
+
+@pytest.mark.parametrize(
+    ("error", "template", "retryable", "words"),
+    [
+        ({"code": 429, "message": "slow"}, "rate_limit", True, "slow"),
+        ({"code": 502, "message": "down"}, "provider", True, "down"),
+        ({"code": 504, "message": "late"}, "timeout", True, "late"),
+        ({"code": 401, "message": "key"}, "authentication", False, "key"),
+        ({"code": 402, "message": "money"}, "credits", False, "money"),
+        ({"code": 400, "message": "bad"}, "provider", False, "bad"),
+        ({"code": "rate_limit_exceeded", "message": "slow"}, "rate_limit", True, "slow"),
+        ({"code": "server_error", "message": "odd"}, "provider", False, "odd"),
+        ({"code": "server_error"}, "provider", False, "server_error"),
+        ({"code": None, "message": None}, "provider", False, "the stream failed"),
+        ({}, "provider", False, "the stream failed"),
+        (
+            {"code": 502, "message": "Provider returned error", "metadata": {"raw": '{"message": "real"}'}},
+            "provider",
+            True,
+            "real",
+        ),
+    ],
+)
+def test_codes(error: Json, template: str, retryable: bool, words: str) -> None:
+    found = _event_error(error)
+    assert (found.template, found.retryable) == (template, retryable)
+    assert words in found.user_message
+    assert found.status == (error.get("code") if isinstance(error.get("code"), int) else None)
+
+
+# Words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0, "1 second"),
+        (0.4, "1 second"),
+        (1, "1 second"),
+        (1.4, "1 second"),
+        (2, "2 seconds"),
+        (59, "59 seconds"),
+        (90, "90 seconds"),
+        (120, "2 minutes"),
+        (300, "5 minutes"),
+        (3600, "60 minutes"),
+        (7199, "120 minutes"),
+        (7200, "2 hours"),
+        (86400, "24 hours"),
+    ],
+)
+def test_waiting_times(seconds: float, words: str) -> None:
+    assert _in_words(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (StreamError("It is cut"), "The model's provider reported an error. It is cut."),
+        (
+            StreamError("Slow", template="rate_limit"),
+            "Too many requests at the moment. Slow. Please try again later.",
+        ),
+        (
+            StreamError("Slow", template="rate_limit", retry_after=40.0),
+            "Too many requests at the moment. Slow. Please try again in 40 seconds.",
+        ),
+        (
+            StreamError("Please try again later!", template="rate_limit", retry_after=7200.0),
+            "Too many requests at the moment. Please try again later! Please try again in 2 hours.",
+        ),
+        (
+            StreamError("Please TRY AGAIN later", template="network"),
+            "OpenRouter could not be reached. Please TRY AGAIN later.",
+        ),
+        (ConfigurationError("No key is set. Ask."), "No key is set. Ask."),
+        (AdmissionError("Retiring"), "Retiring."),
+        (InputError("It holds no messages"), "This chat could not be sent. It holds no messages."),
+        (
+            PipeError("Error id 1"),
+            "Something went wrong inside the pipe. Error id 1. The server's log has the details.",
+        ),
+        (PipeError(template="unheard of"), render_error(PipeError())),
+        (StreamError(" a \r\n  b\n\nc "), "The model's provider reported an error. a b c."),
+    ],
+)
+def test_rendering(error: PipeError, text: str) -> None:
+    assert render_error(error) == text
+    assert error.user_message == text
+
+
+@pytest.mark.parametrize("template", sorted(_ADVICE))
+def test_every_template_says_something(template: str) -> None:
+    error = PipeError("The words", template=template)
+    assert "The words." in render_error(error)
+    assert "  " not in render_error(error)
+
+
+def test_the_tree() -> None:
+    for kind in (ConfigurationError, AdmissionError, InputError, OpenRouterAPIError, StreamError):
+        assert kind.__bases__ == (PipeError,)
+        assert kind("detail").template in _ADVICE
+        assert not kind("detail").retryable
+    assert issubclass(_RetryableHTTPStatusError, OpenRouterAPIError)
+    assert str(StreamError("detail")) == "detail"
