@@ -43,9 +43,12 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
+import io
 import json
 import logging
+import math
 import os
 import random
 import re
@@ -76,6 +79,7 @@ from pydantic import (
     model_serializer,
     model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
 from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
@@ -92,8 +96,12 @@ except ImportError:  # the terminal, or a test without the host
 # Limits and sizes
 _CATALOG_REFRESH_S: Final = 3600.0
 _CATALOG_RETRY_S: Final = 15.0
+_CATALOG_TIMEOUT_S: Final = 30.0
+_CATALOG_WAIT_S: Final = 5.0  # what a page load or a chat waits for the very first catalog
 _MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
 _MAX_ERROR_BYTES: Final = 256 * 1024
+_MAX_WORDS_CHARS: Final = 600  # of what a provider says about its error
+_LARGE_BODY_BYTES: Final = 1024 * 1024
 _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
 _OUTLET_MAX_CHARS: Final = 1_000_000
 _OUTLET_MAX_ENTRIES: Final = 2_000
@@ -350,9 +358,10 @@ class Notice(NamedTuple):
 
 
 class ToolRequested(NamedTuple):
-    """The model asked for a function call, arguments final."""
+    """The model asked for a function call, arguments final; `item` is its place in the output."""
 
     call: ToolCall
+    item: int = 0
 
 
 class ServerToolProgress(NamedTuple):
@@ -419,6 +428,9 @@ Sink = Callable[[Sequence[Emission]], Awaitable[None]]
 # ├─ OpenRouterAPIError         OpenRouter refused, with its own words
 # │  └─ _RetryableHTTPStatusError   the same, and trying again may help
 # └─ StreamError                the stream was malformed, cut or failed
+
+
+_UPDATED: Final = "This function has just been updated. Please send the message again"
 
 
 class PipeError(Exception):
@@ -513,7 +525,9 @@ def render_error(error: PipeError) -> str:
     """Say what happened, in the provider's own words where there are some, and what to do."""
     happened, advice = _ADVICE.get(error.template, _ADVICE["internal"])
     words = _LINE_BREAKS_RE.sub(" ", error.detail).strip()
-    if words and words[-1] not in ".!?":
+    if len(words) > _MAX_WORDS_CHARS:
+        words = words[:_MAX_WORDS_CHARS] + " …"
+    if words and words[-1] not in ".!?…":
         words += "."
     if "try again" in words.lower():
         advice = ""
@@ -527,7 +541,8 @@ def _in_words(seconds: float) -> str:
     for size, name in ((3600, "hour"), (60, "minute")):
         if seconds >= 2 * size:
             return f"{round(seconds / size)} {name}s"
-    return f"{max(1, round(seconds))} seconds"
+    whole = max(1, round(seconds))
+    return f"{whole} second" + ("s" if whole > 1 else "")
 
 
 # OpenRouter's errors (reference §10)
@@ -569,6 +584,11 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _error_object(value: Any) -> Mapping[str, Any]:
+    """The `error` of an answer: an object, or only its words."""
+    return {"message": value} if isinstance(value, str) else _mapping(value)
+
+
 def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
     message = str(error.get("message") or "")
@@ -580,20 +600,19 @@ def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> st
             if isinstance(inner, str):
                 return inner
             return str(_mapping(inner).get("message") or message)
-        return raw.strip()[:600]
+        return raw.strip()
     return message
 
 
 def _retry_after_s(headers: Mapping[str, str], availability: Mapping[str, Any], now: float) -> float | None:
     """Seconds to wait as header (number or HTTP date) or body say; None when neither does."""
     text = str(headers.get("Retry-After") or availability.get("retry_after") or "").strip()
-    if not text:
-        return None
+    seconds = math.nan
     with contextlib.suppress(ValueError):
-        return max(0.0, float(text))
+        seconds = parsedate_to_datetime(text).timestamp() - now if text else math.nan
     with contextlib.suppress(ValueError):
-        return max(0.0, parsedate_to_datetime(text).timestamp() - now)
-    return None
+        seconds = float(text)
+    return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
 def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
@@ -604,7 +623,7 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
     body: Mapping[str, Any] = {}
     with contextlib.suppress(ValueError):
         body = _mapping(_json_loads(content))
-    error = _mapping(body.get("error"))
+    error = _error_object(body.get("error"))
     metadata = _mapping(error.get("metadata") or body.get("metadata"))
     availability = _mapping(error.get("availability"))
     code = error.get("code")
@@ -748,7 +767,7 @@ class _LenientModel(BaseModel):
     A value set aside is not used (its valve has the default) but stays in the dump as it was stored.
     """
 
-    model_config = ConfigDict(defer_build=True)
+    model_config = ConfigDict(defer_build=True)  # only the two classes that are used get built
     _set_aside: JSONObject = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -761,7 +780,7 @@ class _LenientModel(BaseModel):
         usable, aside = dict(stored), {}
         for name in wrong:
             value = usable.pop(name)
-            clamped = _clamp(cls.model_fields[name].metadata, value)
+            clamped = _clamp(cls.model_fields[name], value)
             if clamped is None:
                 aside[name] = value
             else:
@@ -781,19 +800,22 @@ class _LenientModel(BaseModel):
         return list(self._set_aside)
 
 
-def _clamp(bounds: Iterable[Any], value: Any) -> int | float | None:
-    """`value` moved inside `bounds` (pydantic's `Ge`/`Le`); None when it is no number at all."""
+def _clamp(valve: FieldInfo, value: Any) -> int | float | None:
+    """`value` as a number within the bounds of `valve`; None where it, or the valve, is no number."""
+    limits = [(getattr(bound, "ge", None), getattr(bound, "le", None)) for bound in valve.metadata]
+    low = max((low for low, _ in limits if low is not None), default=None)
+    high = min((high for _, high in limits if high is not None), default=None)
+    if low is None or high is None or isinstance(value, bool):
+        return None
     try:
-        number = float(value)
+        number = min(max(float(value), low), high)
+    except OverflowError:
+        number = high if value > 0 else low
     except (TypeError, ValueError):
         return None
-    limits = [(getattr(bound, "ge", None), getattr(bound, "le", None)) for bound in bounds]
-    for low, high in limits:
-        number = number if low is None else max(number, low)
-        number = number if high is None else min(number, high)
-    if not limits or number != number:
+    if math.isnan(number):
         return None
-    return int(number) if number == int(number) else number
+    return round(number) if valve.annotation is int else number
 
 
 _SECRET_INPUT: Final[JSONObject] = {"input": {"type": "password"}}
@@ -858,6 +880,8 @@ class _StreamingValves(_ConnectionValves):
 class Valves(_StreamingValves):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
+    model_config = ConfigDict(defer_build=False)
+
     @field_validator("API_KEY", mode="after")
     @classmethod
     def _seal(cls, value: EncryptedStr) -> EncryptedStr:
@@ -866,6 +890,8 @@ class Valves(_StreamingValves):
 
 class UserValves(_LenientModel):
     """What each user may set for themselves; `inherit` keeps the administrator's value."""
+
+    model_config = ConfigDict(defer_build=False)
 
     API_KEY: EncryptedStr = Field(
         default=EncryptedStr(""),
@@ -914,8 +940,8 @@ def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
         if name == "API_KEY" and not valves.ALLOW_USER_API_KEYS:
             continue
         value = _SWITCHES.get(value, value) if isinstance(value, str) else value
-        clamped = _clamp(Valves.model_fields[name].metadata, value)
-        changes[name] = value if clamped is None or isinstance(value, bool) else clamped
+        clamped = _clamp(Valves.model_fields[name], value)
+        changes[name] = value if clamped is None else clamped
     return valves.model_copy(update=changes) if changes else valves
 
 
@@ -937,7 +963,7 @@ def _connection(valves: Valves, env: HostEnvironment) -> Connection:
             "Admin Panel → Functions → OpenRouter → valves (API_KEY)."
         )
     base_url = valves.BASE_URL.strip().rstrip("/")
-    if urlsplit(base_url).scheme not in ("http", "https") or not urlsplit(base_url).netloc:
+    if not _is_http_address(base_url):
         raise ConfigurationError(
             "The valve BASE_URL is not an http(s) address; an administrator has to correct it."
         )
@@ -954,6 +980,14 @@ def _connection(valves: Valves, env: HostEnvironment) -> Connection:
         connect_timeout_s=float(valves.CONNECT_TIMEOUT_SECONDS),
         idle_timeout_s=float(valves.TIMEOUT),
     )
+
+
+def _is_http_address(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname)
+    except ValueError:
+        return False
 
 
 def _update_limits(valves: Valves) -> tuple[int, float]:
@@ -997,6 +1031,7 @@ class OpenWebUIHost:
 # Doc: docs/model_catalog_and_routing.md   Tests: tests/test_model_registry.py
 
 CatalogFetcher = Callable[[Connection], Awaitable[Any]]
+_CatalogKey = tuple[str, str]  # address, digest of the key
 
 
 class _Catalog(NamedTuple):
@@ -1029,7 +1064,7 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
 
 
 class OpenRouterModelRegistry:
-    """The catalog of each connection: fetched when first asked for, renewed when old.
+    """The catalog of each connection: fetched when first asked for, renewed in the background.
 
     `fetch` returns the JSON of `GET /models`; `clock` gives seconds that only grow.
     """
@@ -1037,36 +1072,28 @@ class OpenRouterModelRegistry:
     def __init__(self, fetch: CatalogFetcher, clock: Callable[[], float]) -> None:
         self._fetch = fetch
         self._clock = clock
-        self._catalogs: dict[tuple[str, str], _Catalog] = {}
-        self._locks: dict[tuple[str, str], asyncio.Lock] = {}
-        self._failed: dict[tuple[str, str], tuple[float, PipeError]] = {}
+        self._catalogs: dict[_CatalogKey, _Catalog] = {}
+        self._loading: dict[_CatalogKey, asyncio.Task[None]] = {}
+        self._failed: dict[_CatalogKey, tuple[float, PipeError]] = {}
 
     async def ensure_loaded(self, connection: Connection) -> dict[str, ModelSpec]:
         """The models by id. An old catalog serves while a new one cannot be had.
 
         Raises:
-            PipeError: there is no catalog at all; asked again at most every 15 seconds.
+            PipeError: there is no catalog; after a failure it is asked for again every 15 seconds.
         """
         key = (connection.base_url, hashlib.sha256(connection.key.encode()).hexdigest())
-        lock = self._locks.setdefault(key, asyncio.Lock())
-        async with lock:
-            catalog = self._catalogs.get(key)
-            now = self._clock()
-            if catalog is not None and now - catalog.fetched_at < _CATALOG_REFRESH_S:
-                return catalog.models
-            failed_at, error = self._failed.get(key, (None, None))
-            if error is None or failed_at is None or now - failed_at >= _CATALOG_RETRY_S:
-                try:
-                    catalog = self._catalogs[key] = await self._load(connection)
-                    self._failed.pop(key, None)
-                    return catalog.models
-                except PipeError as exc:
-                    LOGGER.warning("The model list could not be loaded: %s", exc.detail)
-                    self._failed[key] = (now, exc)
-                    error = exc
-            if catalog is None:
-                raise error
+        catalog = self._catalogs.get(key)
+        if catalog is not None and self._clock() - catalog.fetched_at < _CATALOG_REFRESH_S:
             return catalog.models
+        task = self._loading.get(key) or self._start_loading(key, connection)
+        if catalog is None and task is not None:
+            await asyncio.wait([task], timeout=_CATALOG_WAIT_S)
+            catalog = self._catalogs.get(key)
+        if catalog is not None:
+            return catalog.models
+        _, error = self._failed.get(key, (0.0, StreamError("The model list did not come in time")))
+        raise error
 
     async def get(self, connection: Connection, model_id: str) -> ModelSpec:
         """What is known of a model; a plain text model where the catalog does not have it."""
@@ -1077,14 +1104,39 @@ class OpenRouterModelRegistry:
                 return replace(spec, id=model_id)  # a variant such as `:nitro` has no entry of its own
         return ModelSpec(id=model_id, name=model_id)
 
-    async def _load(self, connection: Connection) -> _Catalog:
-        answer = _mapping(await self._fetch(connection))
-        entries = answer.get("data")
-        specs = [_model_spec(_mapping(entry)) for entry in entries] if isinstance(entries, list) else []
-        models = {spec.id: spec for spec in specs if spec is not None}
-        if not models:
-            raise OpenRouterAPIError("The model list that OpenRouter sent is empty", retryable=True)
-        return _Catalog(models, self._clock())
+    async def aclose(self) -> None:
+        """End what is being fetched."""
+        tasks = list(self._loading.values())
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_CLEANUP_S)
+
+    def _start_loading(self, key: _CatalogKey, connection: Connection) -> asyncio.Task[None] | None:
+        failed_at, _ = self._failed.get(key, (-_CATALOG_RETRY_S, None))
+        if self._clock() - failed_at < _CATALOG_RETRY_S:
+            return None
+        task = asyncio.get_running_loop().create_task(self._load(key, connection), name="model list")
+        self._loading[key] = task
+        task.add_done_callback(lambda _: self._loading.pop(key, None))
+        return task
+
+    async def _load(self, key: _CatalogKey, connection: Connection) -> None:
+        try:
+            async with asyncio.timeout(_CATALOG_TIMEOUT_S):
+                answer = _mapping(await self._fetch(connection))
+            entries = answer.get("data")
+            specs = [_model_spec(_mapping(entry)) for entry in entries] if isinstance(entries, list) else []
+            models = {spec.id: spec for spec in specs if spec is not None}
+            if not models:
+                raise OpenRouterAPIError("The model list that OpenRouter sent is empty", retryable=True)
+        except (PipeError, TimeoutError) as exc:
+            error = exc if isinstance(exc, PipeError) else StreamError("The model list did not come in time")
+            LOGGER.warning("The model list could not be loaded: %s", error.detail)
+            self._failed[key] = (self._clock(), error)
+        else:
+            self._failed.pop(key, None)
+            self._catalogs[key] = _Catalog(models, self._clock())
 
 
 def _menu(models: Mapping[str, ModelSpec]) -> list[dict[str, str]]:
@@ -1309,7 +1361,9 @@ def _add_calls(
             history.leave_out("unanswered tool call(s)")
             continue
         sent[call_id] = history.unique_call_id(call_id)
-        arguments = str(function.get("arguments") or "{}")
+        arguments = function.get("arguments") or "{}"
+        if not isinstance(arguments, str):
+            arguments = _json_dumps(arguments).decode()
         history.items.append(
             {"type": "function_call", "call_id": sent[call_id], "name": name, "arguments": arguments}
         )
@@ -1343,7 +1397,10 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
         history.leave_out("picture(s), because this model cannot see")
         return None
     detail = _mapping(image).get("detail")
-    return {"type": "input_image", "image_url": url, "detail": detail if isinstance(detail, str) else "auto"}
+    return {"type": "input_image", "image_url": url, "detail": detail if detail in _IMAGE_DETAILS else "auto"}
+
+
+_IMAGE_DETAILS: Final = ("auto", "low", "high", "original")
 
 
 _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JSONObject | None]]] = {
@@ -1357,12 +1414,12 @@ _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JS
 
 
 def _as_number(name: str, value: Any) -> float:
-    if isinstance(value, bool):
-        raise InputError(f"The parameter {name} must be a number")
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        raise InputError(f"The parameter {name} must be a number, not “{str(value)[:40]}”") from None
+    number = math.nan
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)
+    if not math.isfinite(number):
+        raise InputError(f"The parameter {name} must be a number, not “{str(value)[:40]}”")
+    return number
 
 
 def _as_integer(name: str, value: Any) -> int:
@@ -1667,8 +1724,17 @@ def _find_item(state: StreamState, payload: JSONObject, kind: str) -> _Item:
     in the output is what can be trusted, the id only where there is no place.
     """
     index, item_id = payload.get("output_index"), payload.get("item_id")
-    known = state.by_index.get(index) if isinstance(index, int) else state.by_id.get(str(item_id))
+    known = _named_item(state, index, item_id, kind)
     return known or _add_item(state, {"type": kind, "id": item_id}, index)
+
+
+def _named_item(state: StreamState, index: Any, item_id: Any, kind: Any) -> _Item | None:
+    """The item with this place, else with this id, else the newest open one of its type."""
+    if isinstance(index, int):
+        return state.by_index.get(index)
+    if item_id:
+        return state.by_id.get(str(item_id))
+    return next((item for item in reversed(state.items) if item.type == kind and not item.closed), None)
 
 
 def _add_item(state: StreamState, payload: JSONObject, index: Any) -> _Item:
@@ -1824,7 +1890,7 @@ def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
     if not isinstance(done, dict):
         return []
     index = payload.get("output_index")
-    known = state.by_index.get(index) if isinstance(index, int) else state.by_id.get(str(done.get("id")))
+    known = _named_item(state, index, done.get("id"), done.get("type"))
     return _finish_item(state, known or _add_item(state, done, index), done)
 
 
@@ -1861,7 +1927,7 @@ def _finish_call(state: StreamState, item: _Item) -> list[Emission]:
     arguments = item.payload.get("arguments") or item.text("arguments") or "{}"
     name = str(item.payload.get("name") or "")
     call_id = str(item.payload.get("call_id") or item.id or f"call_{item.number}")
-    return [ToolRequested(ToolCall(call_id, name, str(arguments)))] if name else []
+    return [ToolRequested(ToolCall(call_id, name, str(arguments)), item.number)] if name else []
 
 
 def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
@@ -1917,15 +1983,15 @@ def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
     response = _mapping(payload.get("response"))
     emissions = _report_usage(state, response)
     state.ended = True
-    error = _event_error(_mapping(response.get("error")), str(response.get("error_type") or ""))
+    error = _event_error(_error_object(response.get("error")), str(response.get("error_type") or ""))
     return [*emissions, Failed(error)]
 
 
 def _on_error(state: StreamState, payload: JSONObject) -> list[Emission]:
     """The flat, the nested and the untyped shape of reference §7.1."""
     state.ended = True
-    nested = payload.get("error")
-    return [Failed(_event_error(nested if isinstance(nested, Mapping) else payload))]
+    nested = _error_object(payload.get("error"))
+    return [Failed(_event_error(nested or payload))]
 
 
 def _finish_all(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
@@ -2011,6 +2077,12 @@ _REDUCERS: Final[dict[str, Reducer]] = {
 # Doc: docs/openrouter_http_client.md   Tests: tests/test_http_client.py
 
 
+def _request_data(payload: JSONObject) -> bytes | io.BytesIO:
+    """A body as aiohttp wants it: large ones as a file, which it sends in pieces."""
+    data = _json_dumps(payload)
+    return data if len(data) < _LARGE_BODY_BYTES else io.BytesIO(data)
+
+
 class _Reads:
     """The body of a response, read by read; not a generator, because those outlive a `break`."""
 
@@ -2041,6 +2113,7 @@ class OpenRouterClient:
     def __init__(self, now: Callable[[], float] = time.time) -> None:
         self._now = now
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
 
     async def get_json(self, connection: Connection, path: str) -> Any:
         """The decoded answer of `GET path`.
@@ -2071,7 +2144,8 @@ class OpenRouterClient:
             yield _Reads(response)
 
     async def aclose(self) -> None:
-        """Close the session and its sockets."""
+        """Close the session and its sockets, for good."""
+        self._closed = True
         session, self._session = self._session, None
         if session is not None:
             await session.close()
@@ -2088,7 +2162,7 @@ class OpenRouterClient:
             headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
             # A compressing proxy would hold events back.
             headers["Accept-Encoding"] = "identity"
-        data = None if payload is None else _json_dumps(payload)
+        data = None if payload is None else _request_data(payload)
         try:
             response = await self._open_session().request(
                 method,
@@ -2098,11 +2172,12 @@ class OpenRouterClient:
                 timeout=timeout,
                 proxy=_proxy_for(connection.base_url),
             )
-        except (aiohttp.ClientError, TimeoutError, OSError) as exc:
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
             raise _network_error(exc) from exc
         try:
             if response.status >= 400:
                 content = await self._read(response, _MAX_ERROR_BYTES)
+                content = content.replace(connection.key.encode(), b"[the key]")
                 raise _api_error(response.status, response.headers, content, self._now())
             yield response
         finally:
@@ -2119,14 +2194,38 @@ class OpenRouterClient:
         return bytes(content)
 
     def _open_session(self) -> aiohttp.ClientSession:
+        if self._closed:
+            raise AdmissionError(_UPDATED)
         if self._session is None or self._session.closed:
             connector = aiohttp.TCPConnector(limit=0, ttl_dns_cache=300)
             # One session serves all users: no cookie of one may travel with another. `trust_env`
             # would read proxies, but also ~/.netrc, whose passwords have no business here.
             self._session = aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar())
+            # The host drops a function without a word; its sockets must not wait for ever.
+            weakref.finalize(self, _dispose, self._session, asyncio.get_running_loop())
         return self._session
 
 
+def _dispose(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> None:
+    """Close the sockets of a session that was left behind, whichever thread finds it."""
+    connector = session.connector
+    session.detach()
+    if connector is None:
+        return
+    closing = _close_connector(connector)
+    if loop.is_running():
+        asyncio.run_coroutine_threadsafe(closing, loop)
+    else:  # up to its first wait it closes; nobody is left to wait
+        with contextlib.suppress(StopIteration):
+            closing.send(None)
+        closing.close()
+
+
+async def _close_connector(connector: aiohttp.BaseConnector) -> None:
+    await connector.close()
+
+
+@functools.lru_cache(maxsize=64)
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for `url`, as `HTTPS_PROXY` and `NO_PROXY` say."""
     parts = urlsplit(url)
@@ -2145,10 +2244,10 @@ def _network_error(exc: BaseException) -> StreamError:
         aiohttp.ClientConnectorError: "The connection was refused or failed",
         aiohttp.ClientPayloadError: "The connection was cut in the middle of the answer",
         aiohttp.ServerDisconnectedError: "The server closed the connection",
-        aiohttp.InvalidURL: "The valve BASE_URL is not a valid address",
+        ValueError: "The valve BASE_URL is not a valid address",
     }
-    detail = next((text for kind, text in words.items() if isinstance(exc, kind)), type(exc).__name__)
-    return StreamError(detail, template="network", retryable=not isinstance(exc, aiohttp.InvalidURL))
+    detail = next((text for kind, text in words.items() if isinstance(exc, kind)), "The connection failed")
+    return StreamError(detail, template="network", retryable=not isinstance(exc, ValueError))
 
 
 class _RetryWait:
@@ -2238,6 +2337,7 @@ class _Run:
 
     build: Callable[[str], JSONObject]
     buffer: DeltaBuffer
+    waiting: int = 0  # characters that no reader has taken
     closed: bool = False
 
 
@@ -2252,7 +2352,7 @@ class Outlet:
         self._clock = clock
         self._entries: deque[JSONObject | _Run] = deque()
         self._waiting_chars = 0
-        self._shown = False
+        self._shown = False  # whether a first delta has left, which never waits
         self._result: JSONObject | None = None
         self._finished = False
         self._arrived = asyncio.Event()
@@ -2279,6 +2379,7 @@ class Outlet:
             last = _Run(piece.build, DeltaBuffer(*self._limits))
             self._entries.append(last)
         last.buffer.push(piece.text, self._clock())
+        last.waiting += len(piece.text)
         self._waiting_chars += len(piece.text)
 
     async def room(self) -> None:
@@ -2302,7 +2403,6 @@ class Outlet:
             self._arrived.clear()
             chunk, wait_s = self._take()
             if chunk is not None:
-                self._shown = True
                 yield chunk
             elif self._finished and not self._entries:
                 return
@@ -2339,7 +2439,9 @@ class Outlet:
         if not entry.closed and due and self._shown:
             return None, due
         text = entry.buffer.flush(final=entry.closed)
-        self._waiting_chars = max(0, self._waiting_chars - len(text))
+        self._waiting_chars -= entry.waiting
+        entry.waiting = 0
+        self._shown = self._shown or bool(text)
         if entry.closed:
             self._entries.popleft()
         self._make_room()
@@ -2393,7 +2495,7 @@ class _BrowserWriter(_Writer):
         self._show_thinking = show_thinking
         self._open: dict[int, _OpenItem] = {}  # by the number the reducer gave
         self._next_index = 0
-        self._calls: list[ToolCall] = []
+        self._calls: list[ToolRequested] = []
         self._call_ids: set[str] = set()
         self._usage: UsageStats | None = None
 
@@ -2440,7 +2542,7 @@ class _BrowserWriter(_Writer):
 
     def _keep_call(self, requested: ToolRequested) -> list[Entry]:
         # Held back until the upstream call has ended well: the host runs whatever it has seen.
-        self._calls.append(requested.call)
+        self._calls.append(requested)
         return []
 
     def _keep_usage(self, reported: UsageReported) -> list[Entry]:
@@ -2449,7 +2551,7 @@ class _BrowserWriter(_Writer):
 
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
         entries = self._close_all("completed")
-        for call in self._calls if ended.outcome == "completed" else ():
+        for call in _in_order(self._calls) if ended.outcome == "completed" else ():
             entries += self._call_events(call)
         self._calls.clear()
         return [*entries, *self._usage_event(always=True)]
@@ -2517,12 +2619,17 @@ def _with_paragraph(item: _OpenItem, delta: ReasoningDelta) -> str:
     return "\n\n" + delta.text if part is not None and part != item.part else delta.text
 
 
+def _in_order(requested: Iterable[ToolRequested]) -> list[ToolCall]:
+    """Calls as the model wrote them, whichever was finished first."""
+    return [request.call for request in sorted(requested, key=lambda request: request.item)]
+
+
 class _BrowserJSONWriter(_BrowserWriter):
     """The same items at once, for a chat whose streaming is switched off."""
 
     def __init__(self, clock: Callable[[], float], show_thinking: bool) -> None:
         super().__init__(clock, show_thinking)
-        self._items: list[JSONObject] = []
+        self._items: dict[int, JSONObject] = {}  # by the index that they got when they began
         self._totals: JSONObject = {}
         self._error: JSONObject | None = None
 
@@ -2534,18 +2641,19 @@ class _BrowserJSONWriter(_BrowserWriter):
             if "error" in entry:
                 self._error = entry["error"]
             elif entry["type"] == "response.output_item.done":
-                self._items.append(entry["item"])
+                self._items[entry["output_index"]] = entry["item"]
             elif entry["type"] == "response.completed":
                 self._totals = _merge_usage_stats(self._totals, entry["response"].get("usage") or {})
         return ()
 
     def result(self) -> JSONObject:
         """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
-        parts = [part for item in self._items if item["type"] == "message" for part in item["content"]]
+        items = [self._items[index] for index in sorted(self._items)]
+        parts = [part for item in items if item["type"] == "message" for part in item["content"]]
         message = {"role": "assistant", "content": "\n".join(part["text"] for part in parts)}
         result: JSONObject = {
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "output": self._items,
+            "output": items,
         }
         if self._totals:
             result["usage"] = self._totals
@@ -2567,7 +2675,7 @@ class _ChunkWriter(_Writer):
         self._show_thinking = show_thinking
         self._open: dict[int, _OpenItem] = {}
         self._said_role = False
-        self._calls: list[ToolCall] = []
+        self._calls: list[ToolRequested] = []
         self._totals: JSONObject = {}
         self._texts = 0
 
@@ -2613,7 +2721,7 @@ class _ChunkWriter(_Writer):
         return [self._chunk({"annotations": [annotation]})]
 
     def _keep_call(self, requested: ToolRequested) -> list[Entry]:
-        self._calls.append(requested.call)
+        self._calls.append(requested)
         return []
 
     def _keep_usage(self, reported: UsageReported) -> list[Entry]:
@@ -2621,7 +2729,7 @@ class _ChunkWriter(_Writer):
         return []
 
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
-        calls = self._calls if ended.outcome == "completed" else []
+        calls = _in_order(self._calls) if ended.outcome == "completed" else []
         entries: list[Entry] = []
         if calls:
             tool_calls = [
@@ -2923,9 +3031,9 @@ def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -
     cached = _mapping(usage.get("input_tokens_details")).get("cached_tokens")
     thought = _mapping(usage.get("output_tokens_details")).get("reasoning_tokens")
     if _is_number(tokens_in):
-        words.append(f"{tokens_in:,} tokens in" + (f" ({cached:,} cached)" if cached else ""))
+        words.append(f"{tokens_in:,} tokens in" + _in_brackets(cached, "cached"))
     if _is_number(tokens_out):
-        words.append(f"{tokens_out:,} out" + (f" ({thought:,} reasoning)" if thought else ""))
+        words.append(f"{tokens_out:,} out" + _in_brackets(thought, "reasoning"))
         if tokens_out and writing_s >= 0.5:
             words.append(f"{tokens_out / writing_s:.0f} tokens/s")
     if _is_number(usage.get("cost")):
@@ -2933,15 +3041,17 @@ def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -
     return words
 
 
+def _in_brackets(count: Any, what: str) -> str:
+    return f" ({count:,} {what})" if _is_number(count) and count else ""
+
+
 def _dollars(cost: float) -> str:
-    """A price with two significant digits below a cent, cents above: `$0.00023`, `$1.20`."""
-    if cost <= 0:
+    """A price with two significant digits below ten cents, cents above: `$0.00023`, `$1.20`."""
+    if not cost > 1e-12:
         return "$0"
-    if cost >= 0.1:
-        return f"${cost:.2f}"
-    text = f"{cost:.12f}"
-    digits = len(text) - len(text[2:].lstrip("0")) + 2
-    return "$" + f"{cost:.{min(12, digits - 2)}f}".rstrip("0")
+    decimals = max(2, 1 - math.floor(math.log10(cost)))
+    text = f"{cost:.{decimals}f}"
+    return "$" + text[: len(text) - decimals + 2] + text[len(text) - decimals + 2 :].rstrip("0")
 
 
 # ── 14. Media intake ─────────────────────────────────────────────────────────
@@ -3263,8 +3373,7 @@ class Runtime:
     async def _work(self, job: _PipeJob) -> None:
         try:
             if self.retired:
-                words = "This function has just been updated. Please send the message again"
-                await job.emitter.send((Failed(AdmissionError(words)),))
+                await job.emitter.send((Failed(AdmissionError(_UPDATED)),))
             else:
                 await self._turns.run(job)
         except asyncio.CancelledError:
@@ -3312,6 +3421,7 @@ class Runtime:
             cast("asyncio.Task[None]", job.task).cancel()
         if left:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
+        await self._registry.aclose()
         await self._client.aclose()
 
     async def _fetch_catalog(self, connection: Connection) -> Any:
