@@ -543,7 +543,7 @@ async def test_page_loads_and_chats_share_one_fetch(pipe: Pipe, simulator: Simul
 
 
 async def test_a_page_load_that_is_given_up_harms_no_other(pipe: Pipe, simulator: Simulator) -> None:
-    simulator.next("stall_headers", on="/models")
+    simulator.next("stall_headers", on="/models", wait=0.3)
     first = asyncio.create_task(pipe.pipes())
     await simulator.wait_until(lambda sim: catalog_requests(sim) == 1)
     second = asyncio.create_task(pipe.pipes())
@@ -556,31 +556,41 @@ async def test_the_last_good_catalog_serves_while_there_is_no_new_one(
     runtime: Runtime, now: list[float]
 ) -> None:
     runtime.start()
+    before = asyncio.all_tasks()
     async with Simulator() as simulator:
         valves = valves_for(simulator.base_url)
         good = await runtime.models(valves)
         now[0] += 3_601
         simulator.next("http_error", name="500_masked", on="/models")
         assert await runtime.models(valves) == good
+        await all_ended(before)
         assert catalog_requests(simulator) == 2
         assert await runtime.models(valves) == good
+        await all_ended(before)
         assert catalog_requests(simulator) == 2  # not asked again at once
         now[0] += 16
-    assert await runtime.models(valves) == good  # now nobody listens there
+    for _ in range(2):  # now nobody listens there
+        assert await runtime.models(valves) == good
+        await all_ended(before)
 
 
-async def test_a_new_catalog_is_fetched_when_the_old_one_is_an_hour_old(
+async def test_a_new_catalog_follows_when_the_old_one_is_an_hour_old(
     runtime: Runtime, simulator: Simulator, now: list[float]
 ) -> None:
+    """Nobody waits for it: the old one serves once more."""
     runtime.start()
-    valves = valves_for(simulator.base_url)
-    await runtime.models(valves)
+    before, valves = asyncio.all_tasks(), valves_for(simulator.base_url)
+    old = await runtime.models(valves)
     now[0] += 3_599
-    await runtime.models(valves)
+    assert await runtime.models(valves) == old
+    await all_ended(before)
     assert catalog_requests(simulator) == 1
     del simulator.catalog[MODEL]
     now[0] += 2
-    assert MODEL not in {entry["id"] for entry in await runtime.models(valves)}
+    assert await runtime.models(valves) == old
+    await all_ended(before)
+    new = await runtime.models(valves)
+    assert [entry for entry in old if entry not in new] == [entry for entry in old if entry["id"] == MODEL]
     assert catalog_requests(simulator) == 2
 
 
