@@ -59,7 +59,6 @@ import types
 import weakref
 from collections import deque
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, cast
 from urllib.parse import urlsplit
@@ -69,14 +68,11 @@ import aiohttp
 from cryptography.fernet import Fernet, InvalidToken
 from pydantic import (
     BaseModel,
-    ConfigDict,
     Field,
     ModelWrapValidatorHandler,
     PrivateAttr,
-    SerializationInfo,
     ValidationError,
     field_validator,
-    model_serializer,
     model_validator,
 )
 from pydantic.fields import FieldInfo
@@ -118,7 +114,6 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 }
 
 # Patterns
-_SURROGATE_RE: Final = re.compile("[\ud800-\udfff]")
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
 
@@ -166,7 +161,11 @@ def _json_dumps(value: Any) -> bytes:
 
 def _whole_text(text: str) -> str:
     """Join split UTF-16 pairs in `text`; a surrogate without partner becomes U+FFFD."""
-    if text.isascii() or _SURROGATE_RE.search(text) is None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        pass
+    else:
         return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
@@ -234,8 +233,7 @@ class ToolCall(NamedTuple):
         return {"name": self.name, "arguments": self.arguments}
 
 
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
+class ModelSpec(NamedTuple):
     """What the catalog says of one model. Limits in tokens; None where it does not say."""
 
     id: str
@@ -262,19 +260,20 @@ class ModelSpec:
         return "image" in self.input_modalities
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
+class Connection(NamedTuple):
     """Where one request goes and how it introduces itself. Times in seconds."""
 
     base_url: str
-    key: str = field(repr=False)
+    key: str
     headers: tuple[tuple[str, str], ...] = ()
     connect_timeout_s: float = 10.0
     idle_timeout_s: float = 300.0
 
+    def __repr__(self) -> str:
+        return f"Connection({self.base_url})"  # never the key
 
-@dataclass(frozen=True, slots=True)
-class ChatRequest:
+
+class ChatRequest(NamedTuple):
     """The arguments of one `pipe()` call, normalised once."""
 
     body: Mapping[str, Any]
@@ -288,17 +287,19 @@ class ChatRequest:
     event_emitter: HostEventEmitter | None = None
 
 
-@dataclass(slots=True, eq=False)
 class _PipeJob:
     """One chat request on its way through the runtime."""
 
-    request: ChatRequest
-    valves: Valves
-    emitter: Emitter
-    outlet: Outlet
-    request_id: str
-    task: asyncio.Task[None] | None = None
-    ended_by: PipeError | None = None  # why the runtime cancelled it
+    __slots__ = ("emitter", "ended_by", "outlet", "request", "request_id", "task", "valves")
+
+    def __init__(self, request: ChatRequest, valves: Valves, emitter: Emitter, outlet: Outlet) -> None:
+        self.request = request
+        self.valves = valves
+        self.emitter = emitter
+        self.outlet = outlet
+        self.request_id = secrets.token_hex(4)
+        self.task: asyncio.Task[None] | None = None
+        self.ended_by: PipeError | None = None  # why the runtime cancelled it
 
 
 # Emissions: what the pure core says has happened
@@ -747,12 +748,14 @@ def _upstream_model_id(model: str) -> str:
 # Doc: docs/valves_and_configuration_atlas.md   Tests: tests/test_valves.py
 
 
-@dataclass(frozen=True, slots=True)
-class HostEnvironment:
+class HostEnvironment(NamedTuple):
     """What the host's environment decides, read once. `secret` seals valves; may be empty."""
 
-    secret: str = field(default="", repr=False)
+    secret: str = ""
     webui_url: str = ""
+
+    def __repr__(self) -> str:
+        return f"HostEnvironment({self.webui_url})"  # never the secret
 
     @classmethod
     def read(cls, environ: Mapping[str, str] = os.environ) -> HostEnvironment:
@@ -767,7 +770,6 @@ class _LenientModel(BaseModel):
     A value set aside is not used (its valve has the default) but stays in the dump as it was stored.
     """
 
-    model_config = ConfigDict(defer_build=True)  # only the two classes that are used get built
     _set_aside: JSONObject = PrivateAttr(default_factory=dict)
 
     @model_validator(mode="wrap")
@@ -789,11 +791,9 @@ class _LenientModel(BaseModel):
         model._set_aside = aside
         return model
 
-    @model_serializer(mode="plain")
-    def _dump_as_stored(self, info: SerializationInfo) -> JSONObject:
-        wanted = self.model_fields_set if info.exclude_unset else type(self).model_fields
-        values = {name: value for name, value in self.__dict__.items() if name in wanted}
-        return values | self._set_aside
+    def model_dump(self, **options: Any) -> JSONObject:
+        """What the host stores: the values in use, and those set aside as they were."""
+        return super().model_dump(**options) | self._set_aside
 
     def problems(self) -> list[str]:
         """The names of valves whose stored value is not used."""
@@ -821,7 +821,8 @@ def _clamp(valve: FieldInfo, value: Any) -> int | float | None:
 _SECRET_INPUT: Final[JSONObject] = {"input": {"type": "password"}}
 
 
-class _ConnectionValves(_LenientModel):
+class _ConnectionValves:
+    # The groups are plain classes: only the model at their end is built, once.
     API_KEY: EncryptedStr = Field(
         default=EncryptedStr(""),
         description="OpenRouter API key (sk-or-…). Stored encrypted.",
@@ -877,10 +878,8 @@ class _StreamingValves(_ConnectionValves):
     )
 
 
-class Valves(_StreamingValves):
+class Valves(_StreamingValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
-
-    model_config = ConfigDict(defer_build=False)
 
     @field_validator("API_KEY", mode="after")
     @classmethod
@@ -890,8 +889,6 @@ class Valves(_StreamingValves):
 
 class UserValves(_LenientModel):
     """What each user may set for themselves; `inherit` keeps the administrator's value."""
-
-    model_config = ConfigDict(defer_build=False)
 
     API_KEY: EncryptedStr = Field(
         default=EncryptedStr(""),
@@ -1101,7 +1098,7 @@ class OpenRouterModelRegistry:
             models = await self.ensure_loaded(connection)
             spec = models.get(model_id) or models.get(model_id.rsplit(":", 1)[0])
             if spec is not None:
-                return replace(spec, id=model_id)  # a variant such as `:nitro` has no entry of its own
+                return spec._replace(id=model_id)  # a variant such as `:nitro` has no entry of its own
         return ModelSpec(id=model_id, name=model_id)
 
     async def aclose(self) -> None:
@@ -1621,34 +1618,38 @@ def parse_frames(frames: Iterable[SSEFrame]) -> Iterator[StreamEvent]:
 # Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_event_reducer.py
 
 
-@dataclass(slots=True)
 class _Item:
     """One output item while it streams; `number` is its place in order of arrival."""
 
-    number: int
-    type: str
-    id: str = ""
-    index: int | None = None
-    payload: JSONObject = field(default_factory=dict)
-    parts: dict[tuple[str, int], list[str]] = field(default_factory=dict)
-    closed: bool = False
+    __slots__ = ("closed", "id", "index", "number", "parts", "payload", "type")
+
+    def __init__(self, number: int, payload: JSONObject, index: int | None) -> None:
+        self.number = number
+        self.type = str(payload.get("type") or "")
+        self.id = str(payload.get("id") or "")
+        self.index = index
+        self.payload = payload
+        self.parts: dict[tuple[str, int], list[str]] = {}
+        self.closed = False
 
     def text(self, name: str, part: int = 0) -> str:
         """What has been given out of one part."""
         return "".join(self.parts.get((name, part), ()))
 
 
-@dataclass(slots=True)
 class StreamState:
     """What one upstream call has said so far."""
 
-    items: list[_Item] = field(default_factory=list)
-    by_index: dict[int, _Item] = field(default_factory=dict)
-    by_id: dict[str, _Item] = field(default_factory=dict)
-    cited: set[str] = field(default_factory=set)
-    usage: UsageStats | None = None
-    unknown: dict[str, int] = field(default_factory=dict)
-    ended: bool = False
+    __slots__ = ("by_id", "by_index", "cited", "ended", "items", "unknown", "usage")
+
+    def __init__(self) -> None:
+        self.items: list[_Item] = []
+        self.by_index: dict[int, _Item] = {}
+        self.by_id: dict[str, _Item] = {}
+        self.cited: set[str] = set()
+        self.usage: UsageStats | None = None
+        self.unknown: dict[str, int] = {}
+        self.ended = False
 
 
 Reducer = Callable[[StreamState, JSONObject], list[Emission]]
@@ -1738,13 +1739,7 @@ def _named_item(state: StreamState, index: Any, item_id: Any, kind: Any) -> _Ite
 
 
 def _add_item(state: StreamState, payload: JSONObject, index: Any) -> _Item:
-    item = _Item(
-        number=len(state.items),
-        type=str(payload.get("type") or ""),
-        id=str(payload.get("id") or ""),
-        index=index if isinstance(index, int) else None,
-        payload=payload,
-    )
+    item = _Item(len(state.items), payload, index if isinstance(index, int) else None)
     state.items.append(item)
     if item.index is not None:
         state.by_index[item.index] = item
@@ -2331,14 +2326,16 @@ class DeltaBuffer:
         return _whole_text(text)
 
 
-@dataclass(slots=True)
 class _Run:
     """Pieces of one item that wait at the outlet. `closed`: something else came after them."""
 
-    build: Callable[[str], JSONObject]
-    buffer: DeltaBuffer
-    waiting: int = 0  # characters that no reader has taken
-    closed: bool = False
+    __slots__ = ("buffer", "build", "closed", "waiting")
+
+    def __init__(self, build: Callable[[str], JSONObject], buffer: DeltaBuffer) -> None:
+        self.build = build
+        self.buffer = buffer
+        self.waiting = 0  # characters that no reader has taken
+        self.closed = False
 
 
 class Outlet:
@@ -2455,17 +2452,21 @@ class Outlet:
 # Writers: one for each kind of client
 
 
-@dataclass(slots=True)
 class _OpenItem:
-    """An item that the host shows and has not seen the end of."""
+    """An item that the host shows and has not seen the end of; `opened_at` by the writer's clock."""
 
-    id: str
-    index: int
-    type: str
-    build: Callable[[str], JSONObject]
-    opened_at: float
-    pieces: list[str] = field(default_factory=list)
-    part: tuple[str, int] | None = None
+    __slots__ = ("build", "id", "index", "opened_at", "part", "pieces", "type")
+
+    def __init__(
+        self, index: int, kind: str, build: Callable[[str], JSONObject], opened_at: float = 0.0
+    ) -> None:
+        self.index = index
+        self.type = kind
+        self.build = build
+        self.opened_at = opened_at
+        self.id = ""
+        self.pieces: list[str] = []
+        self.part: tuple[str, int] | None = None
 
 
 class _Writer:
@@ -2507,7 +2508,8 @@ class _BrowserWriter(_Writer):
         item_id, index = _new_item_id(prefix), self._next_index
         self._next_index += 1
         template = {"type": event, "item_id": item_id, "output_index": index, place: 0}
-        item = _OpenItem(item_id, index, kind, lambda text: {**template, "delta": text}, self._clock())
+        item = _OpenItem(index, kind, lambda text: {**template, "delta": text}, self._clock())
+        item.id = item_id
         self._open[number] = item
         return item, [self._event("added", item, "in_progress")]
 
@@ -2700,7 +2702,7 @@ class _ChunkWriter(_Writer):
         item = self._open.get(number)
         if item is None:
             build = self._build_content if kind == "message" else self._build_reasoning
-            item = self._open[number] = _OpenItem("", number, kind, build, 0.0)
+            item = self._open[number] = _OpenItem(number, kind, build)
         return item
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
@@ -3335,14 +3337,13 @@ class Runtime:
 
     def job(self, request: ChatRequest, valves: Valves) -> _PipeJob:
         """A request made ready to run."""
-        request_id = secrets.token_hex(4)
         outlet = Outlet(_update_limits(valves), self._clock)
         emit = _wrap_event_emitter(
             request.event_emitter, suppress_chat_messages=request.dialect not in _DIALECTS_WITH_EVENTS
         )
         writer = _make_writer(request, valves, self._clock)
         emitter = Emitter(writer, outlet, emit, self._clock, valves.SUPPORT_CONTACT)
-        return _PipeJob(request, valves, emitter, outlet, request_id)
+        return _PipeJob(request, valves, emitter, outlet)
 
     async def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
         """The chunks of a job, which starts when the first is asked for."""
