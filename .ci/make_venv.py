@@ -117,8 +117,9 @@ def _pip(command: list[str], log: Path, ticker: Ticker) -> int:
             out.write(line)
             if match := _STEP.match(line):
                 found += match[1] == "Collecting"
-                what = match[2].split(" (from")[0]
-                ticker.step = f"{found} packages found, {match[1].lower()} {what.strip()}"
+                # the last step names every package in one line
+                what = "them" if match[1] == "Installing" else match[2].split(" (from")[0].strip()
+                ticker.step = f"{found} packages found, {match[1].lower()} {what}"
     return pip.returncode
 
 
