@@ -46,6 +46,14 @@ def translate(body: Json, spec: ModelSpec = PLAIN, *, offer_tools: bool = True) 
     return ResponsesBody.from_completions(CompletionsBody.parse(body), spec, offer_tools=offer_tools)
 
 
+def translate_or_refuse(body: Json, spec: ModelSpec) -> ResponsesBody | InputError:
+    """The translation, or the sentence that refuses it; anything else that is raised is a failure."""
+    try:
+        return translate(body, spec)
+    except InputError as refused:
+        return refused
+
+
 def chat(*messages: Json, **parameters: Any) -> Json:
     return {"model": "openrouter.openai/gpt-4o-mini", "messages": list(messages), **parameters}
 
@@ -292,8 +300,11 @@ PAIRS: Final[dict[str, tuple[list[Json], list[Json]]]] = {
         [sent("a"), answered("a", "1"), sent("a_2"), answered("a_2", "2")],
     ),
     "id used three times": (
-        [assistant("", call("a")), output("a"), assistant("", call("a_2")), output("a_2")]
-        + [assistant("", call("a")), output("a")],
+        [
+            *(assistant("", call("a")), output("a")),
+            *(assistant("", call("a_2")), output("a_2")),
+            *(assistant("", call("a")), output("a")),
+        ],
         [sent("a"), answered("a"), sent("a_2"), answered("a_2"), sent("a_3"), answered("a_3")],
     ),
     "same id twice in one message": (
@@ -430,10 +441,9 @@ CHATS: Final = st.lists(MESSAGES.map(lambda message: [message]) | ROUNDS, max_si
 @settings(max_examples=150, deadline=None)
 @given(messages=CHATS, spec=st.sampled_from([PLAIN, SEEING, THINKING]))
 def test_any_chat_is_refused_or_valid(messages: list[Json], spec: ModelSpec) -> None:
-    try:
-        result = translate({"model": "m", "messages": messages}, spec)
-    except InputError as refused:
-        assert refused.user_message
+    result = translate_or_refuse({"model": "m", "messages": messages}, spec)
+    if isinstance(result, InputError):
+        assert result.user_message
         return
     validator().validate(result.payload)
     check_pairs(result.payload["input"])
@@ -482,7 +492,7 @@ PARAMETERS: Final[list[tuple[Json, Json]]] = [
             }
         },
     ),
-    ({name: None for name in ("temperature", "max_tokens", "response_format", "reasoning_effort")}, {}),
+    (dict.fromkeys(("temperature", "max_tokens", "response_format", "reasoning_effort")), {}),
     ({"reasoning_effort": "high"}, {}),
     ({"tool_choice": "auto", "parallel_tool_calls": True}, {}),
     ({"stop": ["x"], "seed": 1, "min_p": 0.1, "logit_bias": {}, "repetition_penalty": 1}, {}),
@@ -555,11 +565,11 @@ def test_thinking_models_are_asked_for_their_reasoning() -> None:
     spec=st.sampled_from([PLAIN, THINKING]),
 )
 def test_any_parameters_are_refused_in_words_or_taken(parameters: Json, spec: ModelSpec) -> None:
-    try:
-        payload = translate(chat(HELLO, **parameters), spec).payload
-    except InputError as refused:
-        assert any(name in refused.user_message for name in parameters)
+    result = translate_or_refuse(chat(HELLO, **parameters), spec)
+    if isinstance(result, InputError):
+        assert any(name in result.user_message for name in parameters)
         return
+    payload = result.payload
     assert payload["stream"] is True
     assert payload["store"] is False
     assert None not in payload.values()
