@@ -34,7 +34,8 @@ async def test_chat(host: Host, folder: Path) -> None:
         await check_answer(chat)
         await chat.screenshot("answer")
         await chat.message.get_by_role("button", name=THOUGHT).click()
-        await expect(chat.message).to_contain_text("Reading the message")
+        for part in ("Reading the message", "A short answer will do."):
+            await expect(chat.message.get_by_text(part)).to_be_in_viewport()
         await chat.screenshot("reasoning")
         await chat.reload()
         await check_answer(chat)
