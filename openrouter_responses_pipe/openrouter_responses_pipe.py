@@ -379,6 +379,9 @@ class MediaProduced(NamedTuple):
     item: int
     source: str
 
+    def __repr__(self) -> str:
+        return f"MediaProduced({self.item}, {len(self.source)} characters)"  # never the picture
+
 
 class UsageReported(NamedTuple):
     """What one upstream call used, as OpenRouter said it."""
@@ -458,6 +461,7 @@ class PipeError(Exception):
         self.retryable = retryable
         self.retry_after = retry_after
         self.status = status
+        self.contact = ""  # whom to ask, where the administrator named somebody
 
     @property
     def user_message(self) -> str:
@@ -503,38 +507,58 @@ class StreamError(PipeError):
 _ADVICE: Final[dict[str, tuple[str, str]]] = {
     "configuration": ("", ""),
     "admission": ("", ""),
+    "catalog": ("", ""),
     "input": ("This chat could not be sent.", ""),
+    "refused": ("OpenRouter refused the request.", ""),
     "authentication": (
         "OpenRouter did not accept the API key.",
-        "An administrator can set a valid one under Admin Panel → Functions → valves.",
+        "An administrator has to replace it in the valves of this function; "
+        "a key of your own you replace in your own valves.",
     ),
     "credits": (
         "The OpenRouter account has too little credit for this request.",
-        "Add credits, or allow fewer output tokens.",
+        "An administrator can add credit; a lower limit for output tokens may help too.",
     ),
     "rate_limit": ("Too many requests at the moment.", "Please try again later."),
+    "daily_limit": ("The free requests of this day are used up.", ""),
     "moderation": ("The request was refused by moderation.", "Please change the message."),
-    "not_found": ("No provider can serve this model now.", "Please choose another model."),
-    "provider": ("The model's provider reported an error.", ""),
+    "guardrail": ("The request was blocked by a guardrail of the OpenRouter account.", ""),
+    "not_found": ("No provider can serve this model.", "Please choose another model."),
+    "provider": ("The model's provider reported an error.", "Please try again, or choose another model."),
+    "broken": ("The answer broke off.", "Please try again."),
     "network": ("OpenRouter could not be reached.", "Please try again."),
     "timeout": ("OpenRouter did not answer in time.", "Please try again."),
-    "internal": ("Something went wrong inside the pipe.", "The server's log has the details."),
+    "internal": ("Something went wrong inside this function.", "The server's log has the details."),
 }
+# What some errors say instead of a reason; shown, it would only confuse.
+_EMPTY_WORDS: Final = frozenset(
+    {
+        "provider returned error",
+        "provider returned an error",
+        "internal server error",
+        "user not found",
+        "request timed out",
+        "rate limit exceeded",
+    }
+)
 
 
 def render_error(error: PipeError) -> str:
     """Say what happened, in the provider's own words where there are some, and what to do."""
     happened, advice = _ADVICE.get(error.template, _ADVICE["internal"])
     words = _LINE_BREAKS_RE.sub(" ", error.detail).strip()
+    if words.rstrip(".").lower() in _EMPTY_WORDS and happened:
+        words = ""
     if len(words) > _MAX_WORDS_CHARS:
         words = words[:_MAX_WORDS_CHARS] + " …"
     if words and words[-1] not in ".!?…":
         words += "."
-    if "try again" in words.lower():
+    if any(phrase in words.lower() for phrase in ("try again", "retry")):
         advice = ""
-    if error.retry_after and error.retry_after > 1:
+    elif error.retry_after and error.retry_after > 1:
         advice = f"Please try again in {_in_words(error.retry_after)}."
-    return " ".join(part for part in (happened, words, advice) if part)
+    contact = f"Contact: {error.contact}" if error.contact else ""
+    return " ".join(part for part in (happened, words, advice, contact) if part)
 
 
 def _in_words(seconds: float) -> str:
@@ -549,11 +573,14 @@ def _in_words(seconds: float) -> str:
 # OpenRouter's errors (reference §10)
 
 _STATUS_TEMPLATES: Final[dict[int, str]] = {
+    400: "refused",
     401: "authentication",
     402: "credits",
-    403: "moderation",
+    403: "refused",
     404: "not_found",
     408: "timeout",
+    413: "refused",
+    422: "refused",
     429: "rate_limit",
     504: "timeout",
     524: "timeout",
@@ -567,7 +594,12 @@ _ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
     "server": ("provider", True),
     "unmapped": ("provider", True),
     "authentication": ("authentication", False),
-    "permission_denied": ("moderation", False),
+    "permission_denied": ("refused", False),
+    "invalid_request": ("refused", False),
+    "invalid_prompt": ("refused", False),
+    "context_length_exceeded": ("refused", False),
+    "unprocessable": ("refused", False),
+    "payload_too_large": ("refused", False),
     "payment_required": ("credits", False),
     "not_found": ("not_found", False),
     "content_policy_violation": ("moderation", False),
@@ -632,13 +664,17 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
         status = code
     words = _provider_words(error, metadata) or f"HTTP {status}"
     retryable = bool(availability.get("retryable", status in _RETRYABLE_STATUS))
-    if "free-models-per-day" in words:
-        retryable = False
-    retry_after = _retry_after_s(headers, availability, now)
     template = _STATUS_TEMPLATES.get(status, "provider")
-    if status == 403 and not (metadata.get("reasons") or metadata.get("patterns")):
+    if "free-models-per-day" in words:
+        template, retryable = "daily_limit", False
+    elif metadata.get("reasons"):
+        template = "moderation"
+    elif metadata.get("patterns"):
+        template = "guardrail"
+    elif template == "refused" and metadata.get("provider_name"):
         template = "provider"
     kind = _RetryableHTTPStatusError if retryable else OpenRouterAPIError
+    retry_after = _retry_after_s(headers, availability, now)
     return kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
 
 
@@ -659,7 +695,7 @@ def _event_error(error: Mapping[str, Any], error_type: str = "") -> StreamError:
 
 # ── 4. Security & helpers ────────────────────────────────────────────────────
 # Secrets at rest, and the small helpers that more than one floor needs.
-# Promise: a secret leaves an EncryptedStr only through `decrypt`, never through repr or str.
+# Promise: what is sealed leaves only through `decrypt`; a secret is never in a repr.
 # Doc: docs/security_and_encryption.md   Tests: tests/test_security.py
 
 _ENCRYPTED_PREFIX: Final = "encrypted:"
@@ -694,8 +730,8 @@ class EncryptedStr(str):
             return Fernet(_fernet_key(secret)).decrypt(text[len(_ENCRYPTED_PREFIX) :].encode()).decode()
         except (InvalidToken, ValueError):
             raise ConfigurationError(
-                "The stored API key can no longer be read, because the server's secret key has changed. "
-                "An administrator has to enter the key again."
+                "The stored API key can no longer be read: the server's secret key is another one now, "
+                "or missing. The key has to be entered again."
             ) from None
 
     def __repr__(self) -> str:
@@ -825,18 +861,19 @@ class _ConnectionValves:
     # The groups are plain classes: only the model at their end is built, once.
     API_KEY: EncryptedStr = Field(
         default=EncryptedStr(""),
-        description="OpenRouter API key (sk-or-…). Stored encrypted.",
+        description="OpenRouter API key (sk-or-…). Stored encrypted if the server has a WEBUI_SECRET_KEY.",
         json_schema_extra=_SECRET_INPUT,
     )
-    BASE_URL: str = Field(
-        default="https://openrouter.ai/api/v1", description="Address of the API, without a trailing slash."
-    )
+    BASE_URL: str = Field(default="https://openrouter.ai/api/v1", description="Address of the API.")
     ALLOW_USER_API_KEYS: bool = Field(default=False, description="Let users enter a key of their own.")
     CONNECT_TIMEOUT_SECONDS: int = Field(
         default=10, ge=1, le=60, description="Seconds to wait for a connection."
     )
     TIMEOUT: int = Field(
-        default=300, ge=10, le=3600, description="Seconds without a single byte before an answer is given up."
+        default=300,
+        ge=10,
+        le=3600,
+        description="Seconds of complete silence after which a request counts as failed.",
     )
     REQUEST_DEADLINE_SECONDS: int = Field(
         default=3600, ge=0, le=86400, description="Seconds for one whole answer; 0 = no limit."
@@ -856,7 +893,8 @@ class _ConnectionValves:
     APP_URL: str = Field(default="", description="Sent as HTTP-Referer; empty = Open WebUI's own address.")
     APP_TITLE: str = Field(default="Open WebUI", description="Sent as the application's name.")
     APP_CATEGORIES: str = Field(
-        default="general-chat", description="Comma list, two at most, for OpenRouter."
+        default="general-chat",
+        description="What the application is for, in OpenRouter's terms: a comma list of two at most.",
     )
     SUPPORT_CONTACT: str = Field(default="", description="Whom to ask for help; shown under error messages.")
 
@@ -892,17 +930,18 @@ class UserValves(_LenientModel):
 
     API_KEY: EncryptedStr = Field(
         default=EncryptedStr(""),
-        description="Your own OpenRouter key, if the administrator allows it. Stored encrypted.",
+        description="Your own OpenRouter key, used if the administrator allows it.",
         json_schema_extra=_SECRET_INPUT,
     )
     STREAMING_UPDATE_PROFILE: Literal["inherit", "auto", "quick", "normal", "slow", "custom"] = Field(
         default="inherit", description="How often text reaches the page."
     )
     STREAMING_UPDATE_CHAR_LIMIT: Literal["inherit"] | int = Field(
-        default="inherit", description="Profile custom: 10 to 500 characters."
+        default="inherit", description="Profile custom: so many characters (10 to 500) leave at once."
     )
     STREAMING_IDLE_FLUSH_MS: Literal["inherit"] | int = Field(
-        default="inherit", description="Profile custom: 0 to 2000 milliseconds."
+        default="inherit",
+        description="Profile custom: so many milliseconds (0 to 2000) fewer characters may wait.",
     )
     SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
         default="inherit", description="Show the model's reasoning."
@@ -957,7 +996,7 @@ def _connection(valves: Valves, env: HostEnvironment) -> Connection:
     if not key:
         raise ConfigurationError(
             "No OpenRouter API key is set. An administrator can enter one under "
-            "Admin Panel → Functions → OpenRouter → valves (API_KEY)."
+            "Admin Panel → Functions, in the valves of this function (API_KEY)."
         )
     base_url = valves.BASE_URL.strip().rstrip("/")
     if not _is_http_address(base_url):
@@ -1060,6 +1099,9 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
     )
 
 
+_NO_LIST: Final = "OpenRouter's model list did not come in time"
+
+
 class OpenRouterModelRegistry:
     """The catalog of each connection: fetched when first asked for, renewed in the background.
 
@@ -1089,17 +1131,19 @@ class OpenRouterModelRegistry:
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
-        _, error = self._failed.get(key, (0.0, StreamError("The model list did not come in time")))
+        _, error = self._failed.get(key, (0.0, StreamError(_NO_LIST, template="catalog")))
         raise error
 
     async def get(self, connection: Connection, model_id: str) -> ModelSpec:
-        """What is known of a model; a plain text model where the catalog does not have it."""
+        """What is known of a model; one that takes everything where the catalog does not have it."""
         with contextlib.suppress(PipeError):
             models = await self.ensure_loaded(connection)
             spec = models.get(model_id) or models.get(model_id.rsplit(":", 1)[0])
             if spec is not None:
                 return spec._replace(id=model_id)  # a variant such as `:nitro` has no entry of its own
-        return ModelSpec(id=model_id, name=model_id)
+        # Nothing is known: send everything, and let OpenRouter say what it cannot take.
+        everything = frozenset({"text", "image"})
+        return ModelSpec(model_id, model_id, None, everything, supported_parameters=frozenset({"tools"}))
 
     async def aclose(self) -> None:
         """End what is being fetched."""
@@ -1126,9 +1170,11 @@ class OpenRouterModelRegistry:
             specs = [_model_spec(_mapping(entry)) for entry in entries] if isinstance(entries, list) else []
             models = {spec.id: spec for spec in specs if spec is not None}
             if not models:
-                raise OpenRouterAPIError("The model list that OpenRouter sent is empty", retryable=True)
+                raise OpenRouterAPIError(
+                    "OpenRouter's model list is empty", template="catalog", retryable=True
+                )
         except (PipeError, TimeoutError) as exc:
-            error = exc if isinstance(exc, PipeError) else StreamError("The model list did not come in time")
+            error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
             LOGGER.warning("The model list could not be loaded: %s", error.detail)
             self._failed[key] = (self._clock(), error)
         else:
@@ -1142,9 +1188,11 @@ def _menu(models: Mapping[str, ModelSpec]) -> list[dict[str, str]]:
     return [{"id": spec.id, "name": spec.name} for spec in sorted(chat, key=lambda spec: spec.name.lower())]
 
 
-def _setup_entry(text: str) -> list[dict[str, str]]:
-    """One entry that says in the menu what is missing."""
-    return [{"id": _SETUP_MODEL_ID, "name": f"OpenRouter: {text}"}]
+def _setup_entry(error: PipeError) -> list[dict[str, str]]:
+    """One entry that says in the menu, in one sentence, why there are no models."""
+    sentence = render_error(error).partition(". ")[0].rstrip(".")
+    name = sentence if "OpenRouter" in sentence else f"OpenRouter: {sentence}"
+    return [{"id": _SETUP_MODEL_ID, "name": name}]
 
 
 # ── 9. Request models ────────────────────────────────────────────────────────
@@ -1185,10 +1233,11 @@ class CompletionsBody(NamedTuple):
 
 
 class ResponsesBody(NamedTuple):
-    """A body for `POST /responses`, and what the person must know about it."""
+    """A body for `POST /responses`, what the person must know about it, and what the log may count."""
 
     payload: JSONObject
     notices: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = types.MappingProxyType({})
 
     @classmethod
     def from_completions(cls, body: CompletionsBody, spec: ModelSpec, *, offer_tools: bool) -> ResponsesBody:
@@ -1199,7 +1248,7 @@ class ResponsesBody(NamedTuple):
         """
         history = _transform_messages_to_input(body.messages, spec)
         if not history.items:
-            raise InputError("It holds nothing that could be answered")
+            raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
         if history.instructions:
             payload["instructions"] = history.instructions
@@ -1213,7 +1262,7 @@ class ResponsesBody(NamedTuple):
         else:
             parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
         _set_parameters(payload, parameters, spec)
-        return cls(payload, tuple(history.notices()))
+        return cls(payload, history.notices(), history.left_out)
 
 
 _NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options", "metadata"})
@@ -1221,6 +1270,17 @@ _TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
 
 
 # History
+
+
+# what is left out -> (one of it, several); None: only the log need know
+_LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
+    "picture": ("a picture, because this model cannot see", "{} pictures, because this model cannot see"),
+    "unreadable picture": ("a picture that could not be read", "{} pictures that could not be read"),
+    "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
+    "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
+    "unanswered call": None,
+    "output without call": None,
+}
 
 
 class _History:
@@ -1235,12 +1295,17 @@ class _History:
         self._used_ids: set[str] = set()
 
     def leave_out(self, what: str) -> None:
-        """Remember that one `what` was not sent."""
+        """Remember that one `what`, a row of `_LEFT_OUT`, was not sent."""
         self.left_out[what] = self.left_out.get(what, 0) + 1
 
-    def notices(self) -> list[str]:
-        """A sentence for each kind of thing that was left out."""
-        return [f"Not sent to the model: {count} {what}." for what, count in self.left_out.items()]
+    def notices(self) -> tuple[str, ...]:
+        """A sentence for each kind of thing that was left out and a person put there."""
+        sentences = []
+        for what, count in self.left_out.items():
+            words = _LEFT_OUT[what]
+            if words is not None:
+                sentences.append(f"Not sent to the model: {words[count > 1].format(count)}.")
+        return tuple(sentences)
 
     def unique_call_id(self, call_id: str) -> str:
         """`call_id`, renamed if an earlier call of the history has it."""
@@ -1268,7 +1333,7 @@ def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: Mo
             continue
         build = _ROLE_BUILDERS.get(role)
         if build is None:
-            history.leave_out(f"message(s) of the unknown role “{role}”")
+            history.leave_out("role")
             continue
         build(history, message, spec)
         if message.get("tool_calls"):
@@ -1308,7 +1373,7 @@ def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) ->
         kind = str(_mapping(block).get("type") or "")
         convert = _TO_INPUT.get(kind)
         if convert is None:
-            history.leave_out(f"block(s) of the kind “{kind}”")
+            history.leave_out("block")
         elif part := convert(_mapping(block), spec, history):
             parts.append(part)
     if parts:
@@ -1355,7 +1420,7 @@ def _add_calls(
         function = _mapping(_mapping(call).get("function"))
         call_id, name = str(_mapping(call).get("id") or ""), str(function.get("name") or "")
         if not call_id or not name or call_id not in answered or call_id in sent:
-            history.leave_out("unanswered tool call(s)")
+            history.leave_out("unanswered call")
             continue
         sent[call_id] = history.unique_call_id(call_id)
         arguments = function.get("arguments") or "{}"
@@ -1370,7 +1435,7 @@ def _add_calls(
 def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: dict[str, str]) -> None:
     call_id = open_calls.pop(str(message.get("tool_call_id") or ""), None)
     if call_id is None:
-        history.leave_out("tool result(s) without a call")
+        history.leave_out("output without call")
         return
     output = _plain_text(message.get("content"))
     history.items.append({"type": "function_call_output", "call_id": call_id, "output": output})
@@ -1388,10 +1453,10 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
     image = block.get("image_url")
     url = image if isinstance(image, str) else _mapping(image).get("url")
     if not isinstance(url, str) or not url.startswith(("data:image/", "https://")):
-        history.leave_out("picture(s) that could not be read")
+        history.leave_out("unreadable picture")
         return None
     if not spec.takes_images:
-        history.leave_out("picture(s), because this model cannot see")
+        history.leave_out("picture")
         return None
     detail = _mapping(image).get("detail")
     return {"type": "input_image", "image_url": url, "detail": detail if detail in _IMAGE_DETAILS else "auto"}
@@ -1681,7 +1746,7 @@ def close_stream(state: StreamState) -> list[Emission]:
     if state.ended:
         return []
     state.ended = True
-    return [Failed(StreamError("The connection ended before the answer was complete", retryable=True))]
+    return [Failed(StreamError("The connection ended too early", template="broken", retryable=True))]
 
 
 def _join_runs(events: Iterable[StreamEvent]) -> list[StreamEvent]:
@@ -2901,8 +2966,8 @@ class Emitter:
     async def send(self, emissions: Sequence[Emission]) -> None:
         """Pass emissions on, in order; waits while the reader is far behind."""
         for emission in emissions:
-            if isinstance(emission, Failed) and self._support_contact:
-                emission = Failed(_with_contact(emission.error, self._support_contact))
+            if isinstance(emission, Failed):
+                emission.error.contact = self._support_contact
             for entry in self._writer.write(emission):
                 self._outlet.put(entry)
             self._empty = self._empty and not isinstance(emission, _ANSWERS)
@@ -3009,18 +3074,6 @@ _INCOMPLETE_WORDS: Final[dict[str, str]] = {
     "max_output_tokens": "Cut short: the output limit was reached",
     "content_filter": "Cut short by the provider's content filter",
 }
-
-
-def _with_contact(error: PipeError, contact: str) -> PipeError:
-    """The same error with whom to ask added to its words."""
-    detail = f"{error.detail.rstrip('.')}. Contact: {contact}" if error.detail else f"Contact: {contact}"
-    return type(error)(
-        detail,
-        template=error.template,
-        retryable=error.retryable,
-        retry_after=error.retry_after,
-        status=error.status,
-    )
 
 
 def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -> list[str]:
@@ -3256,8 +3309,8 @@ class TurnLoop:
         translated = ResponsesBody.from_completions(
             body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
-        for text in translated.notices:
-            LOGGER.info("request %s: %s", job.request_id, text)
+        if translated.left_out:
+            LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
         await job.emitter.send([Notice(text) for text in translated.notices])
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         await self._engine.stream(connection, translated.payload, job.emitter.send, policy)
@@ -3305,6 +3358,7 @@ class Runtime:
         self.pipe_id = pipe_id
         self.loop: asyncio.AbstractEventLoop | None = None
         self.retired = False
+        self.last_menu: list[dict[str, str]] = []
         self._env = env
         self._clock = clock
         self._client = OpenRouterClient()
@@ -3333,7 +3387,8 @@ class Runtime:
         Raises:
             PipeError: there is no key or no catalog.
         """
-        return _menu(await self._registry.ensure_loaded(_connection(valves, self._env)))
+        self.last_menu = _menu(await self._registry.ensure_loaded(_connection(valves, self._env)))
+        return self.last_menu
 
     def job(self, request: ChatRequest, valves: Valves) -> _PipeJob:
         """A request made ready to run."""
@@ -3382,9 +3437,9 @@ class Runtime:
             if job.ended_by is not None:
                 await self._say_last(job, job.ended_by)
             raise
-        except Exception as exc:
+        except Exception:
             LOGGER.exception("request %s: unexpected error", job.request_id)
-            await self._say_last(job, PipeError(f"Error id {job.request_id} ({type(exc).__name__})"))
+            await self._say_last(job, PipeError(f"Error id {job.request_id}"))
         finally:
             job.emitter.aclose()
 
@@ -3414,7 +3469,7 @@ class Runtime:
         if tasks:
             await asyncio.wait(tasks, timeout=deadline_s)
         reason = AdmissionError(
-            "The server is being updated and had to end this answer. Please send the message again"
+            "This function has been updated and had to end this answer. Please send the message again"
         )
         left = [job for job in self._jobs if job.task is not None and not job.task.done()]
         for job in left:
@@ -3459,18 +3514,20 @@ class Pipe:
         self.valves = Valves()
         self._env = HostEnvironment.read()
         self._runtime: Runtime | None = None
+        self._reported: list[str] = []  # the valves that the log has named as unusable
 
     async def pipes(self) -> list[dict[str, str]]:
         """The models for the menu; one entry that says what is missing where there are none."""
+        runtime = self._started()
         try:
-            return await self._started().models(_resolve_valves(self.valves))
-        except ConfigurationError as exc:
-            return _setup_entry(exc.detail.partition(". ")[0])
+            return await runtime.models(_resolve_valves(self.valves))
         except PipeError as exc:
-            return _setup_entry(f"no models: {render_error(exc)}")
+            error = exc
         except Exception:
             LOGGER.exception("The model list failed")
-            return _setup_entry("no models: an unexpected error, see the server's log")
+            error = PipeError("No models")
+        # With the menu as it was, a chat still says in words what is wrong.
+        return runtime.last_menu or _setup_entry(error)
 
     async def pipe(
         self,
@@ -3502,6 +3559,12 @@ class Pipe:
 
     def _started(self, model: str = "") -> Runtime:
         loop = asyncio.get_running_loop()
+        problems = self.valves.problems()
+        if problems != self._reported:
+            LOGGER.warning(
+                "Valves whose stored value is not used, the default is: %s", ", ".join(problems) or "none"
+            )
+            self._reported = problems
         if self._runtime is None or self._runtime.loop is not loop:
             self._runtime = Runtime(_pipe_id(__name__, model), self._env)
             self._runtime.start()
