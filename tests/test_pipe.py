@@ -68,7 +68,8 @@ async def test_without_a_key_the_menu_says_so(simulator: Simulator) -> None:
 def one_entry_that_explains(menu: list[dict[str, str]]) -> None:
     (entry,) = menu
     assert entry["id"] == "setup"
-    assert re.fullmatch(r"OpenRouter: \S.{10,300}", entry["name"])
+    assert "OpenRouter" in entry["name"]
+    assert 20 < len(entry["name"]) < 300
     assert KEY not in entry["name"]
 
 

@@ -380,6 +380,17 @@ async def test_a_connection_is_used_again_after_a_stream(
     assert {record.connection for record in simulator.requests} == {1}
 
 
+async def test_the_end_of_a_stream_may_follow_a_little_later(
+    engine: StreamingEngine, connection: Connection, simulator: Simulator
+) -> None:
+    """`[DONE]` in a packet of its own: it is waited for, so that the connection stays warm."""
+    for _ in range(3):
+        simulator.next("plain", hang=-1, seconds=0.03)
+        await run(engine, connection)
+    assert {record.connection for record in simulator.requests} == {1}
+    assert {record.ended for record in simulator.requests} == {"completed"}
+
+
 @pytest.mark.parametrize(
     "content",
     [
