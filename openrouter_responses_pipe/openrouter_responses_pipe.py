@@ -553,10 +553,11 @@ def render_error(error: PipeError) -> str:
         words = words[:_MAX_WORDS_CHARS] + " …"
     if words and words[-1] not in ".!?…":
         words += "."
+    wait_s = error.retry_after or 0.0
     if any(phrase in words.lower() for phrase in ("try again", "retry")):
         advice = ""
-    elif error.retry_after and error.retry_after > 1:
-        advice = f"Please try again in {_in_words(error.retry_after)}."
+    if wait_s > 1 and str(round(wait_s)) not in words:
+        advice = f"Please try again in {_in_words(wait_s)}."
     contact = f"Contact: {error.contact}" if error.contact else ""
     return " ".join(part for part in (happened, words, advice, contact) if part)
 
