@@ -41,35 +41,35 @@ def error_of(case: Json) -> OpenRouterAPIError:
     return _api_error(case["status"], case["headers"], content_of(case), NOW)
 
 
-# name -> (template, what the person must read)
+# name -> (template, what the person must read: the provider's words, or ours where those say nothing)
 WORDS: Final[dict[str, tuple[str, str]]] = {
-    "400_bad_request_int_code": ("provider", 'Input required: specify "input"'),
-    "400_responses_validation_string_code": ("provider", "Invalid Responses API request"),
+    "400_bad_request_int_code": ("refused", 'Input required: specify "input"'),
+    "400_responses_validation_string_code": ("refused", "Invalid Responses API request"),
     "400_provider_raw": ("provider", "Invalid value for temperature: at most 1"),
     "400_thinking_signature": ("provider", "Invalid `signature` in `thinking` block"),
-    "400_context_too_long": ("provider", "maximum context length is 8192 tokens"),
-    "400_store_true": ("provider", "store must be false"),
-    "400_model_not_found": ("provider", "acme/none-1 is not a valid model ID"),
-    "401_bad_key": ("authentication", "User not found."),
+    "400_context_too_long": ("refused", "maximum context length is 8192 tokens"),
+    "400_store_true": ("refused", "store must be false"),
+    "400_model_not_found": ("refused", "acme/none-1 is not a valid model ID"),
+    "401_bad_key": ("authentication", "did not accept the API key"),
     "402_credits": ("credits", "can only afford 2666"),
     "403_moderation": ("moderation", "openai/gpt-4o requires moderation. Your input was flagged."),
-    "403_guardrail": ("moderation", "prompt injection patterns detected"),
+    "403_guardrail": ("guardrail", "prompt injection patterns detected"),
     "404_privacy": ("not_found", "No endpoints for openai/gpt-5 match your data policy."),
     "404_no_providers": ("not_found", "No allowed providers are available"),
-    "408_timeout": ("timeout", "Request timed out"),
-    "413_too_large": ("provider", "Request body too large"),
-    "422_unprocessable": ("provider", "Unprocessable request"),
-    "429_free_daily": ("rate_limit", "Add 10 credits to unlock 1000 free model requests per day"),
+    "408_timeout": ("timeout", "did not answer in time"),
+    "413_too_large": ("refused", "Request body too large"),
+    "422_unprocessable": ("refused", "Unprocessable request"),
+    "429_free_daily": ("daily_limit", "Add 10 credits to unlock 1000 free model requests per day"),
     "429_capacity_exhausted": ("rate_limit", "All providers for anthropic/claude-sonnet-4.5 are at capacity"),
     "429_upstream": ("rate_limit", "z-ai/glm-4.6 is temporarily rate-limited upstream"),
-    "429_http_date": ("rate_limit", "Rate limit exceeded"),
-    "500_masked": ("provider", "Internal Server Error"),
-    "502_provider": ("provider", "Provider returned an error"),
+    "429_http_date": ("rate_limit", "Too many requests"),
+    "500_masked": ("provider", "provider reported an error"),
+    "502_provider": ("provider", "provider reported an error"),
     "503_no_provider": ("provider", "No instances available"),
     "524_edge_timeout": ("timeout", "Request timed out. Please try again later."),
-    "529_overloaded": ("provider", "Provider returned error"),
+    "529_overloaded": ("provider", "provider reported an error"),
     "502_html": ("provider", "502"),
-    "200_error_body": ("provider", "Provider returned error"),
+    "200_error_body": ("provider", "provider reported an error"),
 }
 WAITS: Final = {"429_capacity_exhausted": 2.0, "503_no_provider": 5.0, "429_http_date": 0.0}
 
@@ -213,15 +213,15 @@ EXACT_TYPES: Final[dict[str, tuple[str, bool]]] = {
     "timeout": ("timeout", True),
     "server": ("provider", True),
     "unmapped": ("provider", True),
-    "invalid_request": ("provider", False),
-    "context_length_exceeded": ("provider", False),
-    "invalid_prompt": ("provider", False),
+    "invalid_request": ("refused", False),
+    "context_length_exceeded": ("refused", False),
+    "invalid_prompt": ("refused", False),
     "authentication": ("authentication", False),
-    "permission_denied": ("moderation", False),
+    "permission_denied": ("refused", False),
     "payment_required": ("credits", False),
     "not_found": ("not_found", False),
-    "payload_too_large": ("provider", False),
-    "unprocessable": ("provider", False),
+    "payload_too_large": ("refused", False),
+    "unprocessable": ("refused", False),
     "precondition_failed": ("provider", False),
     "content_policy_violation": ("moderation", False),
     "refusal": ("provider", False),
@@ -248,7 +248,7 @@ def test_exact_types(exact: str) -> None:
         ({"code": 504, "message": "late"}, "timeout", True, "late"),
         ({"code": 401, "message": "key"}, "authentication", False, "key"),
         ({"code": 402, "message": "money"}, "credits", False, "money"),
-        ({"code": 400, "message": "bad"}, "provider", False, "bad"),
+        ({"code": 400, "message": "bad"}, "refused", False, "bad"),
         ({"code": "rate_limit_exceeded", "message": "slow"}, "rate_limit", True, "slow"),
         ({"code": "server_error", "message": "odd"}, "provider", False, "odd"),
         ({"code": "server_error"}, "provider", False, "server_error"),
@@ -297,7 +297,7 @@ def test_waiting_times(seconds: float, words: str) -> None:
 @pytest.mark.parametrize(
     ("error", "text"),
     [
-        (StreamError("It is cut"), "The model's provider reported an error. It is cut."),
+        (StreamError("It is cut", template="refused"), "OpenRouter refused the request. It is cut."),
         (
             StreamError("Slow", template="rate_limit"),
             "Too many requests at the moment. Slow. Please try again later.",
@@ -314,20 +314,44 @@ def test_waiting_times(seconds: float, words: str) -> None:
             StreamError("Please TRY AGAIN later", template="network"),
             "OpenRouter could not be reached. Please TRY AGAIN later.",
         ),
+        (
+            StreamError("Retry shortly", template="timeout"),
+            "OpenRouter did not answer in time. Retry shortly.",
+        ),
         (ConfigurationError("No key is set. Ask."), "No key is set. Ask."),
         (AdmissionError("Retiring"), "Retiring."),
         (InputError("It holds no messages"), "This chat could not be sent. It holds no messages."),
         (
             PipeError("Error id 1"),
-            "Something went wrong inside the pipe. Error id 1. The server's log has the details.",
+            "Something went wrong inside this function. Error id 1. The server's log has the details.",
         ),
         (PipeError(template="unheard of"), render_error(PipeError())),
-        (StreamError(" a \r\n  b\n\nc "), "The model's provider reported an error. a b c."),
+        (StreamError(" a \r\n  b\n\nc ", template="refused"), "OpenRouter refused the request. a b c."),
+        (StreamError("Really?", template="refused"), "OpenRouter refused the request. Really?"),
     ],
 )
 def test_rendering(error: PipeError, text: str) -> None:
     assert render_error(error) == text
     assert error.user_message == text
+
+
+@pytest.mark.parametrize(
+    "words", ["Provider returned error", "Internal Server Error.", "User not found.", "Rate limit exceeded"]
+)
+def test_words_that_say_nothing_are_not_repeated(words: str) -> None:
+    """They stay in `detail`, for the log."""
+    error = StreamError(words)
+    assert words not in error.user_message
+    assert error.user_message == StreamError("").user_message
+    assert error.detail == words
+    assert words.rstrip(".") in AdmissionError(words).user_message
+
+
+def test_whom_to_ask_stands_last() -> None:
+    error = StreamError("It broke")
+    before = error.user_message
+    error.contact = "help@example.org"
+    assert error.user_message == f"{before} Contact: help@example.org"
 
 
 @pytest.mark.parametrize("template", sorted(_ADVICE))

@@ -84,7 +84,7 @@ _FAILURES: Final[dict[str, tuple[str, bool]]] = {
     "rate_limit_exceeded": ("rate_limit", True),
     "provider_overloaded": ("provider", True),
     "server_error": ("provider", False),
-    "invalid_request": ("provider", False),
+    "invalid_request": ("refused", False),
 }
 
 

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
+    ConfigurationError,
     Connection,
     ModelSpec,
     OpenRouterAPIError,
@@ -132,9 +133,12 @@ def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
 
 
 def test_an_entry_that_says_what_is_missing() -> None:
-    (row,) = _setup_entry("no key")
-    assert row["id"]
-    assert "no key" in row["name"]
+    (row,) = _setup_entry(ConfigurationError("No OpenRouter API key is set. An administrator can enter one."))
+    assert row == {"id": "setup", "name": "No OpenRouter API key is set"}
+    (row,) = _setup_entry(StreamError("", template="timeout"))
+    assert row["name"] == "OpenRouter did not answer in time"
+    (row,) = _setup_entry(StreamError("", template="rate_limit"))
+    assert row["name"] == "OpenRouter: Too many requests at the moment"
 
 
 # Fresh enough
@@ -312,9 +316,15 @@ async def test_one_model(asked: str, name: str) -> None:
     assert spec.writes_text
 
 
-async def test_a_model_when_there_is_no_catalog() -> None:
-    registry, _, _ = registry_of(DOWN)
-    assert await registry.get(HERE, "a/one") == ModelSpec("a/one", "a/one")
+@pytest.mark.parametrize("answer", [DOWN, ONE])
+async def test_a_model_that_no_catalog_knows_is_sent_everything(answer: Any) -> None:
+    """OpenRouter says itself what the model cannot take."""
+    registry, _, _ = registry_of(answer)
+    spec = await registry.get(HERE, "a/none")
+    assert (spec.id, spec.name) == ("a/none", "a/none")
+    assert spec.writes_text
+    assert spec.takes_tools
+    assert spec.takes_images
 
 
 async def test_a_variant_can_what_its_model_can() -> None:

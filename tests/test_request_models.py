@@ -240,28 +240,51 @@ def test_pictures(block: Json, expected: Json) -> None:
     assert set(found) == {"type", "image_url", "detail"}
 
 
-LEFT_OUT: Final[list[tuple[Json, ModelSpec, str]]] = [
-    (user([image("http://a.example/x.png")]), SEEING, "picture(s) that could not be read"),
-    (user([image("/api/v1/files/1/content")]), SEEING, "picture(s) that could not be read"),
-    (user([image(None)]), SEEING, "picture(s) that could not be read"),
-    (user([{"type": "image_url"}]), SEEING, "picture(s) that could not be read"),
-    (user([image("data:text/html;base64,PGI+")]), SEEING, "picture(s) that could not be read"),
-    (user([image(PNG)]), TEXT_ONLY, "picture(s), because this model cannot see"),
-    (user([{"type": "hologram"}]), SEEING, "block(s) of the kind “hologram”"),
-    (user(["text"]), SEEING, "block(s) of the kind “”"),
-    ({"role": "critic", "content": "x"}, PLAIN, "message(s) of the unknown role “critic”"),
-    (output("x"), PLAIN, "tool result(s) without a call"),
-    (assistant("", call("x")), PLAIN, "unanswered tool call(s)"),
+# message, model -> what is counted, and the words for one and for two of it (none: only the log need know)
+LEFT_OUT: Final[list[tuple[Json, ModelSpec, str, tuple[str, str] | None]]] = [
+    *(
+        (user([block]), SEEING, "unreadable picture", ("a picture that could not be read", "2 pictures that"))
+        for block in (
+            image("http://a.example/x.png"),
+            image("/api/v1/files/1/content"),
+            image(None),
+            {"type": "image_url"},
+            image("data:text/html;base64,PGI+"),
+        )
+    ),
+    (
+        user([image(PNG)]),
+        TEXT_ONLY,
+        "picture",
+        ("a picture, because this model cannot see", "2 pictures, because"),
+    ),
+    (user([{"type": "hologram"}]), SEEING, "block", ("a part of a message", "2 parts of messages")),
+    (user(["text"]), SEEING, "block", ("a part of a message", "2 parts of messages")),
+    ({"role": "critic", "content": "x"}, PLAIN, "role", ("a message of an unknown kind", "2 messages of an")),
+    (output("x"), PLAIN, "output without call", None),
+    (assistant("", call("x")), PLAIN, "unanswered call", None),
 ]
 
 
-@pytest.mark.parametrize(("message", "spec", "words"), LEFT_OUT)
-def test_what_is_left_out_is_told(message: Json, spec: ModelSpec, words: str) -> None:
-    result = translate(chat(HELLO, message), spec)
-    assert result.payload["input"] == [item("user", "hello")]
-    assert result.notices == (f"Not sent to the model: 1 {words}.",)
-    twice = translate(chat(HELLO, message, message), spec)
-    assert twice.notices == (f"Not sent to the model: 2 {words}.",)
+@pytest.mark.parametrize(("message", "spec", "what", "words"), LEFT_OUT)
+def test_what_is_left_out_is_told(
+    message: Json, spec: ModelSpec, what: str, words: tuple[str, str] | None
+) -> None:
+    for count in (1, 2):
+        result = translate(chat(HELLO, *[message] * count), spec)
+        assert result.payload["input"] == [item("user", "hello")]
+        assert result.left_out == {what: count}
+        if words is None:
+            assert result.notices == ()
+            continue
+        (notice,) = result.notices
+        assert notice.startswith(f"Not sent to the model: {words[count - 1]}")
+
+
+def test_a_chat_of_nothing_but_what_cannot_be_sent_says_so() -> None:
+    with pytest.raises(InputError) as caught:
+        translate(chat(user([image(PNG)])), TEXT_ONLY)
+    assert "a picture, because this model cannot see" in caught.value.user_message
 
 
 def test_the_rest_of_a_message_is_sent() -> None:

@@ -78,4 +78,4 @@ def test_what_a_model_can(changes: dict[str, Any], text: bool, tools: bool, imag
 
 
 def test_an_error_can_be_said() -> None:
-    assert StreamError("It broke").user_message.endswith("It broke.")
+    assert "It broke." in StreamError("It broke").user_message

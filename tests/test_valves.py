@@ -226,6 +226,12 @@ def test_a_text_that_is_none_is_set_aside(name: str, value: Any) -> None:
     assert stored(valves) == stored(of_admin(**stored(valves))) == {name: value}
 
 
+def test_a_switch_is_not_moved_inside_the_bounds_of_a_number() -> None:
+    valves = of_admin(TIMEOUT=True)
+    assert setting(valves, "TIMEOUT") == 300
+    assert stored(valves)["TIMEOUT"] is True
+
+
 @pytest.mark.parametrize("value", ["fast", "AUTO", "", 1, None, ["auto"], "inherit"])
 def test_a_choice_that_does_not_exist_is_set_aside(value: Any) -> None:
     valves = of_admin(STREAMING_UPDATE_PROFILE=value)
@@ -465,4 +471,4 @@ def test_no_address(address: str) -> None:
 def test_a_key_of_another_server() -> None:
     with pytest.raises(ConfigurationError) as caught:
         _connection(of_admin(API_KEY=KEY), HostEnvironment("another secret"))
-    assert "enter the key again" in caught.value.user_message
+    assert "entered again" in caught.value.user_message
