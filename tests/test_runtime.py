@@ -125,6 +125,23 @@ async def test_stop_while_waiting_for_another_try(pipe: Pipe, simulator: Simulat
     assert len(inferences(simulator)) == 1
 
 
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+async def test_stop_at_any_moment(dialect: str, pipe: Pipe, simulator: Simulator) -> None:
+    """After each number of steps of the event loop: nothing hangs, nothing is left, the next chat works."""
+    before = asyncio.all_tasks()
+    for steps in range(120):
+        task = asyncio.create_task(ask(pipe, "[[reasoning text=fine]]", dialect))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=SOON_S)
+        assert task.done()
+        assert task.cancelled() or task.result().error == ""
+    await simulator.wait_until(lambda sim: sim.open == 0, timeout=SOON_S)
+    await all_ended(before)
+    assert (await ask(pipe, "[[plain text=fine]]", dialect)).error == ""
+
+
 async def test_what_was_used_is_logged_at_a_stop(
     pipe: Pipe, simulator: Simulator, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -409,6 +426,37 @@ async def test_retiring_waits_for_an_answer_that_ends_in_time(pipe: Pipe) -> Non
     await read_rest(chunks, answer)
     await asyncio.wait_for(retiring, SOON_S)
     assert (len(answer.text.split()), answer.error) == (40, "")
+
+
+@pytest.mark.parametrize("dialect", sorted(DIALECTS))
+async def test_retiring_at_any_moment(dialect: str, pipe: Pipe, simulator: Simulator) -> None:
+    """Whoever waits gets the whole answer or one sentence, and gets it soon."""
+    for steps in range(100):
+        task = asyncio.create_task(ask(pipe, "[[plain text=fine]]", dialect))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        await pipe.aclose(deadline_s=0)
+        answer = await asyncio.wait_for(task, SOON_S)
+        assert answer.error or answer.text
+        assert not answer.error or "send the message again" in answer.error
+    await simulator.wait_until(lambda sim: sim.open == 0, timeout=SOON_S)
+
+
+async def test_retiring_closes_the_connections_that_were_kept_warm() -> None:
+    closed = asyncio.Event()
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await read_request(reader)
+        writer.write(b"HTTP/1.1 500 Oops\r\nContent-Length: 0\r\n\r\n")
+        await writer.drain()
+        await reader.read()  # until the client hangs up
+        closed.set()
+
+    async with hostile(handle) as url, running_pipe(url) as pipe:
+        await pipe.pipes()
+        assert not closed.is_set()
+        await pipe.aclose()
+        await asyncio.wait_for(closed.wait(), SOON_S)
 
 
 async def test_retiring_does_not_wait_for_a_reader_that_sleeps(pipe: Pipe, simulator: Simulator) -> None:
