@@ -72,7 +72,7 @@ def main(argv: list[str]) -> int:
     python = folder / "bin" / "python"
     if not _works(python):
         try:
-            venv.create(folder, clear=folder.exists(), with_pip=True)
+            venv.create(folder, clear=folder.exists(), symlinks=True, with_pip=True)
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"{sys.executable} cannot make a virtual environment: {error}", file=sys.stderr)
             return 1
