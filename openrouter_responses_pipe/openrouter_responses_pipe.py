@@ -1076,6 +1076,11 @@ class _Catalog(NamedTuple):
     fetched_at: float
 
 
+class _Loading(NamedTuple):
+    task: asyncio.Task[None]
+    started_at: float
+
+
 def _strings(value: Any) -> frozenset[str]:
     """The strings of a list; nothing for anything else."""
     return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
@@ -1113,7 +1118,7 @@ class OpenRouterModelRegistry:
         self._fetch = fetch
         self._clock = clock
         self._catalogs: dict[_CatalogKey, _Catalog] = {}
-        self._loading: dict[_CatalogKey, asyncio.Task[None]] = {}
+        self._loading: dict[_CatalogKey, _Loading] = {}
         self._failed: dict[_CatalogKey, tuple[float, PipeError]] = {}
 
     async def ensure_loaded(self, connection: Connection) -> dict[str, ModelSpec]:
@@ -1126,9 +1131,11 @@ class OpenRouterModelRegistry:
         catalog = self._catalogs.get(key)
         if catalog is not None and self._clock() - catalog.fetched_at < _CATALOG_REFRESH_S:
             return catalog.models
-        task = self._loading.get(key) or self._start_loading(key, connection)
-        if catalog is None and task is not None:
-            await asyncio.wait([task], timeout=_CATALOG_WAIT_S)
+        loading = self._loading.get(key) or self._start_loading(key, connection)
+        if catalog is None and loading is not None:
+            # Counted from its start: who comes later to a request that hangs does not wait anew.
+            wait_s = loading.started_at + _CATALOG_WAIT_S - self._clock()
+            await asyncio.wait([loading.task], timeout=max(0.0, wait_s))
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
@@ -1148,20 +1155,20 @@ class OpenRouterModelRegistry:
 
     async def aclose(self) -> None:
         """End what is being fetched."""
-        tasks = list(self._loading.values())
+        tasks = [loading.task for loading in self._loading.values()]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
 
-    def _start_loading(self, key: _CatalogKey, connection: Connection) -> asyncio.Task[None] | None:
+    def _start_loading(self, key: _CatalogKey, connection: Connection) -> _Loading | None:
         failed_at, _ = self._failed.get(key, (-_CATALOG_RETRY_S, None))
         if self._clock() - failed_at < _CATALOG_RETRY_S:
             return None
         task = asyncio.get_running_loop().create_task(self._load(key, connection), name="model list")
-        self._loading[key] = task
+        self._loading[key] = _Loading(task, self._clock())
         task.add_done_callback(lambda _: self._loading.pop(key, None))
-        return task
+        return self._loading[key]
 
     async def _load(self, key: _CatalogKey, connection: Connection) -> None:
         try:
@@ -1986,9 +1993,11 @@ def _finish_reasoning(state: StreamState, item: _Item) -> list[Emission]:
 
 def _finish_call(state: StreamState, item: _Item) -> list[Emission]:
     arguments = item.payload.get("arguments") or item.text("arguments") or "{}"
+    if not isinstance(arguments, str):
+        arguments = _json_dumps(arguments).decode()
     name = str(item.payload.get("name") or "")
     call_id = str(item.payload.get("call_id") or item.id or f"call_{item.number}")
-    return [ToolRequested(ToolCall(call_id, name, str(arguments)), item.number)] if name else []
+    return [ToolRequested(ToolCall(call_id, name, arguments), item.number)] if name else []
 
 
 def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
@@ -2202,6 +2211,9 @@ class OpenRouterClient:
             if "json" in response.content_type:  # a late failure, or a proxy that does not stream
                 content = await self._read(response, _MAX_JSON_BYTES)
                 raise _api_error(response.status, response.headers, content, self._now())
+            if response.content_type == "text/html":
+                words = "The address in BASE_URL answers with a web page; an administrator has to correct it"
+                raise OpenRouterAPIError(words, template="configuration")
             yield _Reads(response)
 
     async def aclose(self) -> None:
