@@ -1745,7 +1745,7 @@ def reduce_events(state: StreamState, events: Iterable[StreamEvent]) -> list[Emi
     """`reduce_event` over what arrived together; deltas of one part that follow each other are one."""
     emissions: list[Emission] = []
     for event in _join_runs(events):
-        emissions.extend(reduce_event(state, event))
+        emissions += reduce_event(state, event)
     return emissions
 
 
@@ -2430,9 +2430,9 @@ class Outlet:
         self._shown = False  # whether a first delta has left, which never waits
         self._result: JSONObject | None = None
         self._finished = False
+        self.full = False  # more waits than should
         self._arrived = asyncio.Event()
         self._room = asyncio.Event()
-        self._room.set()
 
     def put(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
@@ -2445,6 +2445,7 @@ class Outlet:
             self._entries.append(entry)
         self._arrived.set()
         if self._waiting_chars > _OUTLET_MAX_CHARS or len(self._entries) > _OUTLET_MAX_ENTRIES:
+            self.full = True
             self._room.clear()
 
     def _put_piece(self, piece: Piece, last: JSONObject | _Run | None) -> None:
@@ -2459,7 +2460,8 @@ class Outlet:
 
     async def room(self) -> None:
         """Wait while too much waits for the reader."""
-        await self._room.wait()
+        while self.full:
+            await self._room.wait()
 
     def finish(self, result: JSONObject | None = None) -> None:
         """Nothing more will come. `result` is the answer of a client that does not stream."""
@@ -2470,7 +2472,7 @@ class Outlet:
         if self._entries and isinstance(self._entries[-1], _Run):
             self._entries[-1].closed = True
         self._arrived.set()
-        self._room.set()
+        self._open_room()
 
     async def chunks(self) -> AsyncGenerator[JSONObject, None]:
         """Give everything that was put, in order, until `finish`."""
@@ -2523,8 +2525,14 @@ class Outlet:
         return (entry.build(text) if text else None), 0.0
 
     def _make_room(self) -> None:
+        if not self.full:
+            return
         if self._waiting_chars <= _OUTLET_MAX_CHARS // 2 and len(self._entries) <= _OUTLET_MAX_ENTRIES // 2:
-            self._room.set()
+            self._open_room()
+
+    def _open_room(self) -> None:
+        self.full = False
+        self._room.set()
 
 
 # Writers: one for each kind of client
@@ -2979,17 +2987,20 @@ class Emitter:
     async def send(self, emissions: Sequence[Emission]) -> None:
         """Pass emissions on, in order; waits while the reader is far behind."""
         for emission in emissions:
-            if isinstance(emission, Failed):
-                emission.error.contact = self._support_contact
-            for entry in self._writer.write(emission):
-                self._outlet.put(entry)
-            self._empty = self._empty and not isinstance(emission, _ANSWERS)
-            if self._first_at is None and isinstance(emission, _WRITTEN):
-                self._first_at = self._clock()
+            if self._empty or self._first_at is None:
+                self._note_first(emission)
             side = self.SIDE_EFFECTS.get(type(emission))
             if side is not None:
                 await side(self, emission)
-        await self._outlet.room()
+            for entry in self._writer.write(emission):
+                self._outlet.put(entry)
+        if self._outlet.full:
+            await self._outlet.room()
+
+    def _note_first(self, emission: Emission) -> None:
+        self._empty = self._empty and not isinstance(emission, _ANSWERS)
+        if self._first_at is None and isinstance(emission, _WRITTEN):
+            self._first_at = self._clock()
 
     def aclose(self) -> None:
         """Nothing more will be sent."""
@@ -3040,6 +3051,7 @@ class Emitter:
             self._warnings.append("The model sent an empty answer")
 
     async def _note_failure(self, failed: Failed) -> None:
+        failed.error.contact = self._support_contact
         if self._status_open:
             await self._emit_status(StatusUpdate("Failed", done=True))
 
