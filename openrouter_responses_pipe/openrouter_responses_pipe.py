@@ -828,6 +828,11 @@ class _LenientModel(BaseModel):
         model._set_aside = aside
         return model
 
+    @field_validator("API_KEY", mode="after", check_fields=False)
+    @classmethod
+    def _seal(cls, value: EncryptedStr) -> EncryptedStr:
+        return EncryptedStr.encrypt(value, HostEnvironment.read().secret)
+
     def model_dump(self, **options: Any) -> JSONObject:
         """What the host stores: the values in use, and those set aside as they were."""
         return super().model_dump(**options) | self._set_aside
@@ -920,11 +925,6 @@ class _StreamingValves(_ConnectionValves):
 class Valves(_StreamingValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
-    @field_validator("API_KEY", mode="after")
-    @classmethod
-    def _seal(cls, value: EncryptedStr) -> EncryptedStr:
-        return _sealed(value)
-
 
 class UserValves(_LenientModel):
     """What each user may set for themselves; `inherit` keeps the administrator's value."""
@@ -950,15 +950,6 @@ class UserValves(_LenientModel):
     SHOW_FINAL_USAGE_STATUS: Literal["inherit", "on", "off"] = Field(
         default="inherit", description="Show time, tokens and cost when an answer is complete."
     )
-
-    @field_validator("API_KEY", mode="after")
-    @classmethod
-    def _seal(cls, value: EncryptedStr) -> EncryptedStr:
-        return _sealed(value)
-
-
-def _sealed(value: str) -> EncryptedStr:
-    return EncryptedStr.encrypt(value, HostEnvironment.read().secret)
 
 
 _SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
