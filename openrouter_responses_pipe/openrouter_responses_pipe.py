@@ -43,6 +43,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import fnmatch
 import functools
 import hashlib
 import io
@@ -461,6 +462,7 @@ class PipeError(Exception):
         self.retryable = retryable
         self.retry_after = retry_after
         self.status = status
+        self.code = ""  # OpenRouter's word for what is not available, where it gave one
         self.contact = ""  # whom to ask, where the administrator named somebody
 
     @property
@@ -605,6 +607,7 @@ _ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
     "not_found": ("not_found", False),
     "content_policy_violation": ("moderation", False),
 }
+_WRONG_ENDPOINT: Final = "wrong_endpoint"
 _RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504, 529, *range(520, 527)})
 
 
@@ -676,7 +679,11 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
         template = "provider"
     kind = _RetryableHTTPStatusError if retryable else OpenRouterAPIError
     retry_after = _retry_after_s(headers, availability, now)
-    return kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
+    api_error = kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
+    api_error.code = str(availability.get("code") or "")
+    if status == 405 or (status == 404 and not error):  # no OpenRouter said this: the path is unknown
+        api_error.code = _WRONG_ENDPOINT
+    return api_error
 
 
 def _event_error(error: Mapping[str, Any], error_type: str = "") -> StreamError:
@@ -756,6 +763,12 @@ def _header_value(text: str) -> str:
 def _new_item_id(kind: str) -> str:
     """A fresh id for an item that the host keeps: `msg_…`, `rs_…`, `fc_…`."""
     return f"{kind}_{secrets.token_hex(12)}"
+
+
+def _matches_any(text: str, globs: str) -> bool:
+    """Whether `text` matches one of a comma list of globs, letter case aside."""
+    patterns = (glob.strip().lower() for glob in globs.split(","))
+    return any(fnmatch.fnmatchcase(text.lower(), glob) for glob in patterns if glob)
 
 
 def _pipe_id(module_name: str, model: str = "") -> str:
@@ -919,6 +932,10 @@ class _StreamingValves(_ConnectionValves):
     SHOW_THINKING: bool = Field(default=True, description="Show the model's reasoning.")
     SHOW_FINAL_USAGE_STATUS: bool = Field(
         default=True, description="Show time, tokens and cost when an answer is complete."
+    )
+    FORCE_CHAT_COMPLETIONS_MODELS: str = Field(
+        default="",
+        description="Models that are asked over Chat Completions instead: a comma list of ids, * allowed.",
     )
 
 
@@ -1561,6 +1578,109 @@ def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
     return flat
 
 
+# The same request for /chat/completions (reference §13)
+
+# what only chat knows; sent as the person or the administrator set it
+_CHAT_ONLY_PARAMETERS: Final = (
+    "stop",
+    "seed",
+    "min_p",
+    "top_a",
+    "repetition_penalty",
+    "logit_bias",
+    "logprobs",
+    "top_logprobs",
+)
+_SHARED_PARAMETERS: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty")
+
+
+def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObject:
+    """The body for `POST /chat/completions` that says what `payload` says to `/responses`.
+
+    `parameters` are those of the chat: some of them only this endpoint knows.
+    """
+    messages: list[JSONObject] = []
+    if payload.get("instructions"):
+        messages.append({"role": "system", "content": payload["instructions"]})
+    for item in payload["input"]:
+        add = _TO_CHAT.get(item["type"])
+        if add is not None:
+            add(messages, item)
+    body: JSONObject = {"model": payload["model"], "messages": messages, "stream": True}
+    body |= {name: payload[name] for name in (*_SHARED_PARAMETERS, "parallel_tool_calls") if name in payload}
+    body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
+    if "max_output_tokens" in payload:
+        body["max_completion_tokens"] = payload["max_output_tokens"]
+    if "effort" in payload.get("reasoning", ()):
+        body["reasoning"] = {"effort": payload["reasoning"]["effort"]}
+    if "tools" in payload:
+        body["tools"] = [_to_chat_tool(tool) for tool in payload["tools"]]
+    if "tool_choice" in payload:
+        body["tool_choice"] = _to_chat_tool_choice(payload["tool_choice"])
+    return body | _to_chat_text_options(payload.get("text", {}))
+
+
+def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
+    content = item["content"]
+    if not isinstance(content, str):
+        parts = [_to_chat_part(part) for part in content]
+        text_only = all(part["type"] == "text" for part in parts)
+        content = "\n".join(part["text"] for part in parts) if text_only else parts
+    messages.append({"role": item["role"], "content": content})
+
+
+def _to_chat_part(part: JSONObject) -> JSONObject:
+    if part["type"] == "input_image":
+        return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part["detail"]}}
+    return {"type": "text", "text": part["text"]}
+
+
+def _add_chat_call(messages: list[JSONObject], item: JSONObject) -> None:
+    function = {"name": item["name"], "arguments": item["arguments"]}
+    call = {"id": item["call_id"], "type": "function", "function": function}
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": None})
+    messages[-1].setdefault("tool_calls", []).append(call)
+
+
+def _add_chat_output(messages: list[JSONObject], item: JSONObject) -> None:
+    messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
+
+
+_TO_CHAT: Final[dict[str, Callable[[list[JSONObject], JSONObject], None]]] = {
+    "message": _add_chat_message,
+    "function_call": _add_chat_call,
+    "function_call_output": _add_chat_output,
+}
+
+
+def _to_chat_tool(tool: JSONObject) -> JSONObject:
+    function = {key: tool[key] for key in ("name", "description", "parameters") if key in tool}
+    return {"type": "function", "function": function}
+
+
+def _to_chat_tool_choice(choice: Any) -> Any:
+    name = _mapping(choice).get("name")
+    return {"type": "function", "function": {"name": name}} if name else choice
+
+
+def _to_chat_text_options(text: JSONObject) -> JSONObject:
+    options = {"verbosity": text["verbosity"]} if "verbosity" in text else {}
+    form = text.get("format")
+    if form is None:
+        return options
+    if form.get("type") == "json_schema":
+        schema = {key: value for key, value in form.items() if key != "type"}
+        form = {"type": "json_schema", "json_schema": schema}
+    return {**options, "response_format": form}
+
+
+def _without_reasoning(payload: JSONObject) -> JSONObject | None:
+    """`payload` without its reasoning items; None when it has none."""
+    kept = [item for item in payload["input"] if item["type"] != "reasoning"]
+    return None if len(kept) == len(payload["input"]) else {**payload, "input": kept}
+
+
 # ── 10. SSE decoder ──────────────────────────────────────────────────────────
 # Bytes in, frames out (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 # Promise: pure; the same frames however the bytes were cut; work grows linearly.
@@ -1704,7 +1824,7 @@ class _Item:
 class StreamState:
     """What one upstream call has said so far."""
 
-    __slots__ = ("by_id", "by_index", "cited", "ended", "items", "unknown", "usage")
+    __slots__ = ("by_id", "by_index", "cited", "ended", "finish", "items", "unknown", "usage")
 
     def __init__(self) -> None:
         self.items: list[_Item] = []
@@ -1713,6 +1833,7 @@ class StreamState:
         self.cited: set[str] = set()
         self.usage: UsageStats | None = None
         self.unknown: dict[str, int] = {}
+        self.finish = ""  # chat only: the finish_reason
         self.ended = False
 
 
@@ -2129,6 +2250,160 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     "response.failed": _on_failed,
     "response.error": _on_error,
     "error": _on_error,
+}
+
+
+# Chunks of /chat/completions (reference §13), with the same emissions
+
+_CHAT_TO_RESPONSES_USAGE: Final[dict[str, str]] = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "prompt_tokens_details": "input_tokens_details",
+    "completion_tokens_details": "output_tokens_details",
+}
+
+
+def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
+    """What some chunks mean. Changes `state` only; the end is the usage after a `finish_reason`."""
+    emissions: list[Emission] = []
+    for event in events:
+        if not state.ended:
+            emissions += _reduce_chat_chunk(state, event.payload)
+    return emissions
+
+
+def close_chat_stream(state: StreamState) -> list[Emission]:
+    """The connection ended: well, if a `finish_reason` had come."""
+    if state.ended or not state.finish:
+        return close_stream(state)
+    return _end_chat(state)
+
+
+def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
+    if chunk.get("error"):
+        return _on_error(state, chunk)
+    emissions: list[Emission] = []
+    choices = chunk.get("choices")
+    choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
+    delta = _mapping(choice.get("delta") or choice.get("message"))
+    for key, reduce in _CHAT_REDUCERS.items():
+        if delta.get(key):
+            emissions += reduce(state, delta)
+    state.finish = str(choice.get("finish_reason") or state.finish)
+    usage = chunk.get("usage")
+    if isinstance(usage, dict):
+        named = {_CHAT_TO_RESPONSES_USAGE.get(name, name): value for name, value in usage.items()}
+        state.usage = cast(UsageStats, named)
+    return [*emissions, *_end_chat(state)] if state.finish and state.usage is not None else emissions
+
+
+def _end_chat(state: StreamState) -> list[Emission]:
+    emissions: list[Emission] = []
+    for item in state.items:
+        if not item.closed:
+            emissions += _finish_item(state, item, {})
+    state.ended = True
+    if state.usage is not None:
+        emissions.append(UsageReported(state.usage))
+    if state.finish == "error":
+        return [*emissions, Failed(_event_error({}))]
+    reason = _CHAT_INCOMPLETE.get(state.finish, "")
+    return [*emissions, TurnEnded("incomplete" if reason else "completed", reason)]
+
+
+_CHAT_INCOMPLETE: Final[dict[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
+
+
+def _chat_item(state: StreamState, name: str, kind: str) -> _Item:
+    """The item that this part of the delta belongs to; text ends the reasoning before it."""
+    item = state.by_id.get(name)
+    return (
+        item if item is not None and not item.closed else _add_item(state, {"type": kind, "id": name}, None)
+    )
+
+
+def _close_reasoning(state: StreamState) -> list[Emission]:
+    item = state.by_id.get("reasoning")
+    return _finish_item(state, item, {}) if item is not None and not item.closed else []
+
+
+def _on_chat_content(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    emissions = _close_reasoning(state)
+    return emissions + _grow(_chat_item(state, "message", "message"), "text", 0, delta["content"])
+
+
+def _on_chat_refusal(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    return _grow(_chat_item(state, "message", "message"), "refusal", 0, delta["refusal"])
+
+
+def _on_chat_reasoning(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    return _grow(_chat_item(state, "reasoning", "reasoning"), "reasoning", 0, delta["reasoning"])
+
+
+def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    """Keep the fragments for the next turn; show them only where `reasoning` does not repeat them."""
+    item = _chat_item(state, "reasoning", "reasoning")
+    emissions: list[Emission] = []
+    details = delta["reasoning_details"]
+    for fragment in details if isinstance(details, list) else []:
+        if not isinstance(fragment, dict):
+            continue
+        _join_detail(item.payload.setdefault("reasoning_details", []), fragment)
+        if not delta.get("reasoning"):
+            emissions += _grow(item, "reasoning", 0, fragment.get("text") or fragment.get("summary"))
+    return emissions
+
+
+def _join_detail(details: list[JSONObject], fragment: JSONObject) -> None:
+    """Add a fragment to the detail of its index and type; a signature may come alone."""
+    for detail in details:
+        if all(detail.get(key) == fragment.get(key) for key in ("index", "type")):
+            for key, value in fragment.items():
+                joins = key in ("text", "summary", "data") and isinstance(value, str)
+                if value is not None:
+                    detail[key] = (detail.get(key) or "") + value if joins else value
+            return
+    details.append(dict(fragment))
+
+
+def _on_chat_calls(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    emissions = _close_reasoning(state)
+    fragments = delta["tool_calls"]
+    for position, fragment in enumerate(fragments if isinstance(fragments, list) else []):
+        call, function = _mapping(fragment), _mapping(_mapping(fragment).get("function"))
+        item = _chat_item(state, f"call {call.get('index', position)}", "function_call")
+        item.payload.setdefault("call_id", "")
+        for key, value in (("call_id", call.get("id")), ("name", function.get("name"))):
+            if isinstance(value, str) and value:
+                item.payload[key] = value
+        if isinstance(function.get("arguments"), str):
+            item.parts.setdefault(("arguments", 0), []).append(function["arguments"])
+    return emissions
+
+
+def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    images = delta["images"]
+    urls = (_mapping(_mapping(image).get("image_url")).get("url") for image in images)
+    return [MediaProduced(len(state.items), url) for url in urls if isinstance(url, str) and url]
+
+
+def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
+    emissions: list[Emission] = []
+    for annotation in delta["annotations"]:
+        nested = _mapping(_mapping(annotation).get("url_citation"))
+        emissions += _cite(state, {**nested, "type": _mapping(annotation).get("type")})
+    return emissions
+
+
+# key of a delta -> what it means; the order is that of reading
+_CHAT_REDUCERS: Final[dict[str, Callable[[StreamState, Mapping[str, Any]], list[Emission]]]] = {
+    "reasoning_details": _on_chat_reasoning_details,
+    "reasoning": _on_chat_reasoning,
+    "content": _on_chat_content,
+    "refusal": _on_chat_refusal,
+    "tool_calls": _on_chat_calls,
+    "images": _on_chat_images,
+    "annotations": _on_chat_annotations,
 }
 
 
@@ -3158,8 +3433,28 @@ class RetryPolicy(NamedTuple):
     longest_wait_s: float = 30.0
 
 
+class UpstreamAPI(NamedTuple):
+    """One of OpenRouter's streaming endpoints: where it is, and what its events mean."""
+
+    path: str
+    reduce: Callable[[StreamState, Iterable[StreamEvent]], list[Emission]]
+    close: Callable[[StreamState], list[Emission]]
+
+
+RESPONSES: Final = UpstreamAPI("/responses", reduce_events, close_stream)
+CHAT: Final = UpstreamAPI("/chat/completions", reduce_chat_chunks, close_chat_stream)
+
+
+class UpstreamRequest(NamedTuple):
+    """A body and the endpoint it is for; `chat_body` makes the same request for chat."""
+
+    body: JSONObject
+    api: UpstreamAPI = RESPONSES
+    chat_body: Callable[[], JSONObject] | None = None
+
+
 class StreamingEngine:
-    """Streams calls of `/responses` into a sink.
+    """Streams calls of OpenRouter into a sink.
 
     `sleep` waits between tries. The engine pushes and never yields, so that no generator of ours
     can be left open in the middle of a call (PEP 789).
@@ -3171,19 +3466,33 @@ class StreamingEngine:
         self._client = client
         self._sleep = sleep
 
-    async def stream(self, connection: Connection, body: JSONObject, sink: Sink, policy: RetryPolicy) -> None:
-        """Send `body` and give the sink what comes, up to `TurnEnded`.
+    async def stream(
+        self, connection: Connection, request: UpstreamRequest, sink: Sink, policy: RetryPolicy
+    ) -> None:
+        """Send `request` and give the sink what comes, up to `TurnEnded`.
 
         Raises:
             PipeError: the call failed for good; what the sink has been given stays valid.
         """
-        wait = _RetryWait(policy.longest_wait_s)
         call = _UpstreamCall(sink)
+        try:
+            await self._try(connection, request, call, policy)
+        except OpenRouterAPIError as error:
+            repaired = None if call.shown else _repair(request, error)
+            if repaired is None:
+                raise
+            LOGGER.info("trying %s once more, changed, because: %s", repaired.api.path, error.detail[:200])
+            await self._try(connection, repaired, call, policy)
+
+    async def _try(
+        self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall, policy: RetryPolicy
+    ) -> None:
+        wait = _RetryWait(policy.longest_wait_s)
 
         async def announce(retry_state: Any) -> None:
             error = retry_state.outcome.exception()
             seconds = max(1, round(retry_state.next_action.sleep))
-            await sink((StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s"),))
+            await call.hand_over([StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s")])
 
         tries = AsyncRetrying(
             stop=stop_after_attempt(policy.attempts + 1),
@@ -3193,21 +3502,58 @@ class StreamingEngine:
             before_sleep=announce,
             reraise=True,
         )
-        await tries(self._stream_responses, connection, body, call)
+        await tries(self._stream_responses, connection, request, call)
 
-    async def _stream_responses(self, connection: Connection, body: JSONObject, call: _UpstreamCall) -> None:
-        async with self._client.open_stream(connection, "/responses", body) as reads:
-            await self._consume_sse(reads, call)
+    async def _stream_responses(
+        self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
+    ) -> None:
+        async with self._client.open_stream(connection, request.api.path, request.body) as reads:
+            await self._consume_sse(reads, request.api, call)
 
-    async def _consume_sse(self, reads: _Reads, call: _UpstreamCall) -> None:
+    async def _consume_sse(self, reads: _Reads, api: UpstreamAPI, call: _UpstreamCall) -> None:
         decoder, state = SSEDecoder(), StreamState()
         async for chunk in reads:
-            await call.hand_over(_reduce_frames(state, decoder.feed(chunk)))
+            await call.hand_over(api.reduce(state, parse_frames(decoder.feed(chunk))))
             if state.ended:
                 await _drain(reads)
-                return
-        await call.hand_over(_reduce_frames(state, decoder.close()))
-        await call.hand_over(close_stream(state))
+                break
+        else:
+            await call.hand_over(api.reduce(state, parse_frames(decoder.close())))
+            await call.hand_over(api.close(state))
+        if state.unknown:
+            LOGGER.info("events that this version does not know: %s", state.unknown)
+
+
+def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> UpstreamRequest | None:
+    """The request changed so that this refusal does not come again; None where nothing helps."""
+    for refused, change in _REPAIRS:
+        if refused(error):
+            return change(request)
+    return None
+
+
+def _is_wrong_endpoint(error: OpenRouterAPIError) -> bool:
+    return error.code == _WRONG_ENDPOINT
+
+
+def _is_foreign_reasoning(error: OpenRouterAPIError) -> bool:
+    """The provider that serves now cannot read the reasoning of the one that served before."""
+    words = error.detail.lower()
+    return error.status == 400 and ("signature" in words or "encrypted_content" in words)
+
+
+def _for_chat(request: UpstreamRequest) -> UpstreamRequest | None:
+    if request.api is CHAT or request.chat_body is None:
+        return None
+    return UpstreamRequest(request.chat_body(), CHAT)
+
+
+def _for_stranger(request: UpstreamRequest) -> UpstreamRequest | None:
+    body = _without_reasoning(request.body) if request.api is RESPONSES else None
+    return None if body is None else request._replace(body=body)
+
+
+_REPAIRS: Final = ((_is_wrong_endpoint, _for_chat), (_is_foreign_reasoning, _for_stranger))
 
 
 class _UpstreamCall:
@@ -3239,10 +3585,6 @@ _VISIBLE: Final = (
     MediaProduced,
     TurnEnded,
 )
-
-
-def _reduce_frames(state: StreamState, frames: Iterable[SSEFrame]) -> list[Emission]:
-    return reduce_events(state, parse_frames(frames))
 
 
 async def _drain(reads: _Reads) -> None:
@@ -3329,7 +3671,8 @@ class TurnLoop:
             LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
         await job.emitter.send([Notice(text) for text in translated.notices])
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
-        await self._engine.stream(connection, translated.payload, job.emitter.send, policy)
+        upstream = _upstream_request(translated.payload, body, job.valves)
+        await self._engine.stream(connection, upstream, job.emitter.send, policy)
 
     def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
         usage = job.emitter.usage()
@@ -3344,6 +3687,17 @@ class TurnLoop:
             usage.get("output_tokens"),
             usage.get("cost"),
         )
+
+
+def _upstream_request(payload: JSONObject, body: CompletionsBody, valves: Valves) -> UpstreamRequest:
+    """The request for `/responses`, or for chat where the valve names the model."""
+
+    def chat_body() -> JSONObject:
+        return _to_chat_body(payload, body.parameters)
+
+    if _matches_any(body.model, valves.FORCE_CHAT_COMPLETIONS_MODELS):
+        return UpstreamRequest(chat_body(), CHAT)
+    return UpstreamRequest(payload, RESPONSES, chat_body)
 
 
 # Where somebody looks at statuses and sources.

@@ -28,6 +28,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     TextDelta,
     ToolRequested,
     TurnEnded,
+    UpstreamRequest,
     UsageReported,
 )
 from openrouter_responses_pipe.simulator import Simulator
@@ -119,7 +120,7 @@ async def run(engine: StreamingEngine, connection: Connection, policy: RetryPoli
     """One call that ends well."""
     kept = Kept()
     async with asyncio.timeout(PATIENCE_S):
-        await engine.stream(connection, asking(), kept, policy)
+        await engine.stream(connection, UpstreamRequest(asking()), kept, policy)
     return kept
 
 
@@ -130,7 +131,7 @@ async def fail(
     kept = Kept()
     async with asyncio.timeout(PATIENCE_S):
         with pytest.raises(PipeError) as caught:
-            await engine.stream(connection, asking(), kept, policy)
+            await engine.stream(connection, UpstreamRequest(asking()), kept, policy)
     return caught.value, kept
 
 
@@ -186,7 +187,7 @@ async def test_a_recorded_stream_that_stops_anywhere_is_an_error(
             simulator.next("golden", name=name, cut=frames, how="eof")
             kept = Kept()
             with contextlib.suppress(StreamError):
-                await engine.stream(connection, asking(), kept, ONCE)
+                await engine.stream(connection, UpstreamRequest(asking()), kept, ONCE)
             if kept.of(TurnEnded):
                 break
             frames += 1
@@ -458,7 +459,7 @@ async def test_a_sink_that_raises_closes_the_socket(
     before = asyncio.all_tasks()
     simulator.next("drip", tokens=10_000)
     with pytest.raises(BrokenSinkError):
-        await engine.stream(connection, asking(), sink, POLICY)
+        await engine.stream(connection, UpstreamRequest(asking()), sink, POLICY)
     await gone(simulator)
     assert (len(inferences(simulator)), sleeps.seconds) == (1, [])
     await all_ended(before)
@@ -478,7 +479,7 @@ async def test_cancelling_closes_the_socket(
 
     tokens = {"tokens": 300_000} if scenario in ("drip", "burst") else {}
     simulator.next(scenario, **tokens)
-    task = asyncio.create_task(engine.stream(connection, asking(), sink, POLICY))
+    task = asyncio.create_task(engine.stream(connection, UpstreamRequest(asking()), sink, POLICY))
     async with asyncio.timeout(PATIENCE_S):
         await simulator.wait_until(lambda sim: bool(inferences(sim)))
         if scenario != "stall_headers":
@@ -500,7 +501,7 @@ async def test_cancelling_while_waiting_for_the_next_try(
         await never.wait()
 
     simulator.next("http_error", name="500_masked", times=math.inf)
-    task = asyncio.create_task(StreamingEngine(client, sleep).stream(connection, asking(), Kept(), POLICY))
+    task = asyncio.create_task(StreamingEngine(client, sleep).stream(connection, UpstreamRequest(asking()), Kept(), POLICY))
     await asyncio.wait_for(waiting.wait(), PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -551,7 +552,7 @@ async def test_a_sink_that_takes_no_more_stops_the_sender(engine: StreamingEngin
         await go_on.wait()
 
     async with hostile(flood) as url:
-        task = asyncio.create_task(engine.stream(connection_to(url), asking(), sink, ONCE))
+        task = asyncio.create_task(engine.stream(connection_to(url), UpstreamRequest(asking()), sink, ONCE))
         async with asyncio.timeout(30):
             await flood.blocked.wait()
             held = flood.sent
@@ -566,7 +567,7 @@ async def test_many_calls_at_once(
 ) -> None:
     async def one(number: int) -> str:
         kept = Kept()
-        await engine.stream(connection, asking(f"[[plain text=answer{number}]]"), kept, ONCE)
+        await engine.stream(connection, UpstreamRequest(asking(f"[[plain text=answer{number}]]")), kept, ONCE)
         return kept.text()
 
     answers = await asyncio.gather(*map(one, range(100)))
