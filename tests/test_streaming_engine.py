@@ -501,7 +501,8 @@ async def test_cancelling_while_waiting_for_the_next_try(
         await never.wait()
 
     simulator.next("http_error", name="500_masked", times=math.inf)
-    task = asyncio.create_task(StreamingEngine(client, sleep).stream(connection, UpstreamRequest(asking()), Kept(), POLICY))
+    engine = StreamingEngine(client, sleep)
+    task = asyncio.create_task(engine.stream(connection, UpstreamRequest(asking()), Kept(), POLICY))
     await asyncio.wait_for(waiting.wait(), PATIENCE_S)
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

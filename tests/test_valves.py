@@ -64,6 +64,7 @@ ROWS: Final[dict[str, Row]] = {
     "STREAMING_IDLE_FLUSH_MS": Row("integer", 250, 0, 2000),
     "SHOW_THINKING": Row("boolean", True),
     "SHOW_FINAL_USAGE_STATUS": Row("boolean", True),
+    "FORCE_CHAT_COMPLETIONS_MODELS": Row("string", ""),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
