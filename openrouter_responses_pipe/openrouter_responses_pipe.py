@@ -99,6 +99,7 @@ _MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
 _MAX_ERROR_BYTES: Final = 256 * 1024
 _MAX_WORDS_CHARS: Final = 600  # of what a provider says about its error
 _LARGE_BODY_BYTES: Final = 1024 * 1024
+_HEAVY_FRAME_BYTES: Final = 256 * 1024  # decoded in a thread
 _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
 _OUTLET_MAX_CHARS: Final = 1_000_000
 _OUTLET_MAX_ENTRIES: Final = 2_000
@@ -293,12 +294,14 @@ class _PipeJob:
 
     __slots__ = ("emitter", "ended_by", "outlet", "request", "request_id", "task", "valves")
 
-    def __init__(self, request: ChatRequest, valves: Valves, emitter: Emitter, outlet: Outlet) -> None:
+    def __init__(
+        self, request: ChatRequest, valves: Valves, emitter: Emitter, outlet: Outlet, request_id: str
+    ) -> None:
         self.request = request
         self.valves = valves
         self.emitter = emitter
         self.outlet = outlet
-        self.request_id = secrets.token_hex(4)
+        self.request_id = request_id
         self.task: asyncio.Task[None] | None = None
         self.ended_by: PipeError | None = None  # why the runtime cancelled it
 
@@ -463,12 +466,12 @@ class PipeError(Exception):
         self.retry_after = retry_after
         self.status = status
         self.code = ""  # OpenRouter's word for what is not available, where it gave one
-        self.contact = ""  # whom to ask, where the administrator named somebody
+        self.shown = ""  # the words that the person gets, once they are known
 
     @property
     def user_message(self) -> str:
         """The failure in plain words."""
-        return render_error(self)
+        return self.shown or render_error(self)
 
 
 class ConfigurationError(PipeError):
@@ -530,7 +533,7 @@ _ADVICE: Final[dict[str, tuple[str, str]]] = {
     "broken": ("The answer broke off.", "Please try again."),
     "network": ("OpenRouter could not be reached.", "Please try again."),
     "timeout": ("OpenRouter did not answer in time.", "Please try again."),
-    "internal": ("Something went wrong inside this function.", "The server's log has the details."),
+    "internal": ("Something went wrong inside this function.", "The server's log says what."),
 }
 # What some errors say instead of a reason; shown, it would only confuse.
 _EMPTY_WORDS: Final = frozenset(
@@ -545,23 +548,78 @@ _EMPTY_WORDS: Final = frozenset(
 )
 
 
-def render_error(error: PipeError) -> str:
-    """Say what happened, in the provider's own words where there are some, and what to do."""
-    happened, advice = _ADVICE.get(error.template, _ADVICE["internal"])
-    words = _LINE_BREAKS_RE.sub(" ", error.detail).strip()
-    if words.rstrip(".").lower() in _EMPTY_WORDS and happened:
-        words = ""
+# what an administrator may word anew -> the rows that it covers
+_TEMPLATE_CLASSES: Final[dict[str, str]] = {
+    "authentication": "authentication",
+    "credits": "credits",
+    "rate_limit": "rate_limit",
+    "daily_limit": "rate_limit",
+    "moderation": "moderation",
+    "guardrail": "moderation",
+    "provider": "provider",
+    "refused": "provider",
+    "not_found": "provider",
+    "broken": "network",
+    "network": "network",
+    "timeout": "timeout",
+    "internal": "internal",
+}
+
+
+class ErrorPage(NamedTuple):
+    """What goes with an error: wordings of the administrator by class, whom to ask, an id for the log."""
+
+    templates: Mapping[str, str] = types.MappingProxyType({})
+    contact: str = ""
+    error_id: str = ""
+
+
+_PLAIN_PAGE: Final = ErrorPage()
+
+
+def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
+    """Say what happened, in the provider's own words where there are some, and what to do.
+
+    A template of `page` may use `{title}`, `{message}`, `{advice}`, `{id}` and `{contact}`.
+    """
+    title, advice = _ADVICE.get(error.template, _ADVICE["internal"])
+    message = _provider_sentence(error.detail, bool(title))
+    wait_s = error.retry_after or 0.0
+    if any(phrase in message.lower() for phrase in ("try again", "retry")):
+        advice = ""
+    if wait_s > 1 and str(round(wait_s)) not in message:
+        advice = f"Please try again in {_in_words(wait_s)}."
+    kind = _TEMPLATE_CLASSES.get(error.template, "")
+    error_id = page.error_id if kind else ""  # the others are no failures that a log could explain
+    if kind in page.templates:
+        fields = {
+            "title": title,
+            "message": message,
+            "advice": advice,
+            "id": error_id,
+            "contact": page.contact,
+        }
+        return _fill_template(page.templates[kind], fields)
+    contact = f"Contact: {page.contact}" if page.contact else ""
+    reference = f"(Error {error_id})" if error_id else ""
+    return " ".join(part for part in (title, message, advice, contact, reference) if part)
+
+
+def _provider_sentence(detail: str, optional: bool) -> str:
+    """The words of whoever refused as one line with an end; nothing where they say nothing."""
+    words = _LINE_BREAKS_RE.sub(" ", detail).strip()
+    if optional and words.rstrip(".").lower() in _EMPTY_WORDS:
+        return ""
     if len(words) > _MAX_WORDS_CHARS:
         words = words[:_MAX_WORDS_CHARS] + " …"
-    if words and words[-1] not in ".!?…":
-        words += "."
-    wait_s = error.retry_after or 0.0
-    if any(phrase in words.lower() for phrase in ("try again", "retry")):
-        advice = ""
-    if wait_s > 1 and str(round(wait_s)) not in words:
-        advice = f"Please try again in {_in_words(wait_s)}."
-    contact = f"Contact: {error.contact}" if error.contact else ""
-    return " ".join(part for part in (happened, words, advice, contact) if part)
+    return words + "." if words and words[-1] not in ".!?…" else words
+
+
+def _fill_template(template: str, fields: Mapping[str, str]) -> str:
+    """`template` with its placeholders filled; other braces stay as they are."""
+    for name, text in fields.items():
+        template = template.replace("{" + name + "}", text)
+    return template.strip()
 
 
 def _in_words(seconds: float) -> str:
@@ -626,6 +684,11 @@ def _error_object(value: Any) -> Mapping[str, Any]:
     return {"message": value} if isinstance(value, str) else _mapping(value)
 
 
+def _strings(value: Any) -> frozenset[str]:
+    """The strings of a list; nothing for anything else."""
+    return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
+
+
 def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
     message = str(error.get("message") or "")
@@ -652,6 +715,15 @@ def _retry_after_s(headers: Mapping[str, str], availability: Mapping[str, Any], 
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
+def _reset_s(headers: Mapping[str, str], now: float) -> float | None:
+    """Seconds until a limit begins anew; the header counts milliseconds of the epoch."""
+    try:
+        seconds = float(headers.get("X-RateLimit-Reset", "")) / 1000 - now
+    except ValueError:
+        return None
+    return seconds if 0 < seconds < 7 * 24 * 3600 else None
+
+
 def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
     """Turn an error answer of any shape of reference §10.1 into one error.
 
@@ -667,6 +739,12 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
     if status < 400 and isinstance(code, int):  # a late failure leaves with HTTP 200
         status = code
     words = _provider_words(error, metadata) or f"HTTP {status}"
+    reasons = _strings(metadata.get("reasons"))
+    if reasons:
+        words = f"{words.rstrip('.')} ({', '.join(sorted(reasons))})"
+    instead = _strings(availability.get("fallback_models"))
+    if instead:
+        words = f"{words.rstrip('.')}. OpenRouter suggests {' or '.join(sorted(instead))} instead"
     retryable = bool(availability.get("retryable", status in _RETRYABLE_STATUS))
     template = _STATUS_TEMPLATES.get(status, "provider")
     if "free-models-per-day" in words:
@@ -679,6 +757,8 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
         template = "provider"
     kind = _RetryableHTTPStatusError if retryable else OpenRouterAPIError
     retry_after = _retry_after_s(headers, availability, now)
+    if template == "daily_limit" and retry_after is None:
+        retry_after = _reset_s(headers, now)
     api_error = kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
     api_error.code = str(availability.get("code") or "")
     if status == 405 or (status == 404 and not error):  # no OpenRouter said this: the path is unknown
@@ -933,9 +1013,25 @@ class _StreamingValves(_ConnectionValves):
     SHOW_FINAL_USAGE_STATUS: bool = Field(
         default=True, description="Show time, tokens and cost when an answer is complete."
     )
+    STREAMING_CHUNK_QUEUE_MAXSIZE: int = Field(
+        default=100, ge=1, le=10_000, description="Network reads that may wait to be decoded, for one answer."
+    )
+    STREAMING_EVENT_QUEUE_MAXSIZE: int = Field(
+        default=100, ge=1, le=10_000, description="Decoded reads that may wait for those before them."
+    )
+    SSE_WORKERS_PER_REQUEST: int = Field(
+        default=2, ge=1, le=8, description="Decoders that work at once for one answer with large pictures."
+    )
     FORCE_CHAT_COMPLETIONS_MODELS: str = Field(
         default="",
         description="Models that are asked over Chat Completions instead: a comma list of ids, * allowed.",
+    )
+    ERROR_TEMPLATES: str = Field(
+        default="",
+        description=(
+            "Own words for errors, a JSON map: authentication, credits, rate_limit, moderation, provider, "
+            "network, timeout or internal to a text with {title}, {message}, {advice}, {id}, {contact}."
+        ),
     )
 
 
@@ -1027,6 +1123,18 @@ def _connection(valves: Valves, env: HostEnvironment) -> Connection:
     )
 
 
+def _error_templates(valves: Valves) -> Mapping[str, str]:
+    """The administrator's wordings; none where the valve holds no JSON map of texts."""
+    try:
+        templates = _json_loads(valves.ERROR_TEMPLATES) if valves.ERROR_TEMPLATES.strip() else {}
+    except ValueError:
+        templates = None
+    if not isinstance(templates, dict) or not all(isinstance(text, str) for text in templates.values()):
+        LOGGER.warning("The valve ERROR_TEMPLATES is no JSON map of texts; it is not used")
+        return {}
+    return templates
+
+
 def _is_http_address(url: str) -> bool:
     try:
         parts = urlsplit(url)
@@ -1087,11 +1195,6 @@ class _Catalog(NamedTuple):
 class _Loading(NamedTuple):
     task: asyncio.Task[None]
     started_at: float
-
-
-def _strings(value: Any) -> frozenset[str]:
-    """The strings of a list; nothing for anything else."""
-    return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
 
 
 def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
@@ -1849,6 +1952,8 @@ def reduce_event(state: StreamState, event: StreamEvent) -> list[Emission]:
         return reducer(state, event.payload)
     if not event.type and "error" in event.payload:
         return _on_error(state, event.payload)
+    if event.type.startswith("response.fusion_call."):
+        return _on_fusion(state, event.payload)
     state.unknown[event.type] = state.unknown.get(event.type, 0) + 1
     return []
 
@@ -2006,6 +2111,28 @@ def _on_call_arguments_done(state: StreamState, payload: JSONObject) -> list[Emi
     return []
 
 
+def _on_custom_input(state: StreamState, payload: JSONObject) -> list[Emission]:
+    item = _find_item(state, payload, "custom_tool_call")
+    item.parts.setdefault(("input", 0), []).append(str(payload.get("delta") or ""))
+    return []
+
+
+def _on_tool_progress(state: StreamState, payload: JSONObject) -> list[Emission]:
+    """`response.<kind>.<state>`: says something only if the item was never announced."""
+    kind = str(payload["type"]).split(".")[1]
+    if _named_item(state, payload.get("output_index"), payload.get("item_id"), kind) is not None:
+        return []
+    _find_item(state, payload, kind)
+    return [ServerToolProgress(kind, "in_progress")]
+
+
+def _on_fusion(state: StreamState, payload: JSONObject) -> list[Emission]:
+    """Panels of models that answer side by side; only their beginning is worth a line."""
+    if payload["type"] == "response.fusion_call.panel.added" and isinstance(payload.get("model"), str):
+        return [ServerToolProgress("openrouter:fusion", "in_progress", payload["model"])]
+    return []
+
+
 def _on_item_added(state: StreamState, payload: JSONObject) -> list[Emission]:
     added = payload.get("item")
     index = payload.get("output_index")
@@ -2112,6 +2239,13 @@ def _finish_call(state: StreamState, item: _Item) -> list[Emission]:
     return [ToolRequested(ToolCall(call_id, name, arguments), item.number)] if name else []
 
 
+def _finish_custom_call(state: StreamState, item: _Item) -> list[Emission]:
+    """A call with free text instead of arguments: the text goes under the name `input`."""
+    text = str(item.payload.get("input") or item.text("input"))
+    item.payload = {**item.payload, "arguments": _json_dumps({"input": text}).decode()}
+    return _finish_call(state, item)
+
+
 def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
     source = next((v for key in _IMAGE_KEYS if isinstance(v := item.payload.get(key), str) and v), None)
     produced = [MediaProduced(item.number, source)] if source else []
@@ -2131,6 +2265,7 @@ _ITEM_FINISHERS: Final[dict[str, Callable[[StreamState, _Item], list[Emission]]]
     "message": _finish_message,
     "reasoning": _finish_reasoning,
     "function_call": _finish_call,
+    "custom_tool_call": _finish_custom_call,
     "image_generation_call": _finish_image,
     "openrouter:image_generation": _finish_image,
 }
@@ -2244,6 +2379,25 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     "response.output_text.annotation.added": _on_annotation,
     "response.function_call_arguments.delta": _on_call_arguments,
     "response.function_call_arguments.done": _on_call_arguments_done,
+    "response.custom_tool_call_input.delta": _on_custom_input,
+    "response.custom_tool_call_input.done": _on_nothing,
+    "response.apply_patch_call_operation_diff.delta": _on_nothing,
+    "response.apply_patch_call_operation_diff.done": _on_nothing,
+    "response.web_search_call.in_progress": _on_tool_progress,
+    "response.web_search_call.searching": _on_tool_progress,
+    "response.web_search_call.completed": _on_nothing,
+    "response.file_search_call.in_progress": _on_tool_progress,
+    "response.file_search_call.searching": _on_tool_progress,
+    "response.file_search_call.completed": _on_nothing,
+    "response.image_generation_call.in_progress": _on_tool_progress,
+    "response.image_generation_call.generating": _on_tool_progress,
+    "response.image_generation_call.partial_image": _on_nothing,
+    "response.image_generation_call.completed": _on_nothing,
+    "response.code_interpreter_call.in_progress": _on_tool_progress,
+    "response.code_interpreter_call.interpreting": _on_tool_progress,
+    "response.code_interpreter_call.completed": _on_nothing,
+    "response.code_interpreter_call_code.delta": _on_nothing,
+    "response.code_interpreter_call_code.done": _on_nothing,
     "response.completed": _on_completed,
     "response.incomplete": _on_incomplete,
     "response.done": _on_done,
@@ -2280,8 +2434,6 @@ def close_chat_stream(state: StreamState) -> list[Emission]:
 
 
 def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
-    if chunk.get("error"):
-        return _on_error(state, chunk)
     emissions: list[Emission] = []
     choices = chunk.get("choices")
     choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
@@ -2294,7 +2446,10 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
     if isinstance(usage, dict):
         named = {_CHAT_TO_RESPONSES_USAGE.get(name, name): value for name, value in usage.items()}
         state.usage = cast(UsageStats, named)
-    return [*emissions, *_end_chat(state)] if state.finish and state.usage is not None else emissions
+    if chunk.get("error"):
+        spent: list[Emission] = [UsageReported(state.usage)] if state.usage is not None else []
+        return [*emissions, *spent, *_on_error(state, chunk)]
+    return [*emissions, *_end_chat(state)] if state.finish and isinstance(usage, dict) else emissions
 
 
 def _end_chat(state: StreamState) -> list[Emission]:
@@ -2333,7 +2488,8 @@ def _on_chat_content(state: StreamState, delta: Mapping[str, Any]) -> list[Emiss
 
 
 def _on_chat_refusal(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    return _grow(_chat_item(state, "message", "message"), "refusal", 0, delta["refusal"])
+    emissions = _close_reasoning(state)
+    return emissions + _grow(_chat_item(state, "message", "message"), "refusal", 0, delta["refusal"])
 
 
 def _on_chat_reasoning(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
@@ -2342,37 +2498,42 @@ def _on_chat_reasoning(state: StreamState, delta: Mapping[str, Any]) -> list[Emi
 
 def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     """Keep the fragments for the next turn; show them only where `reasoning` does not repeat them."""
-    item = _chat_item(state, "reasoning", "reasoning")
     emissions: list[Emission] = []
-    details = delta["reasoning_details"]
-    for fragment in details if isinstance(details, list) else []:
-        if not isinstance(fragment, dict):
-            continue
+    for fragment in _objects(delta["reasoning_details"]):
+        text = fragment.get("text") or fragment.get("summary")
+        # A signature may come alone, and after the text began: it belongs to what was said before.
+        known = None if text else state.by_id.get("reasoning")
+        item = known or _chat_item(state, "reasoning", "reasoning")
         _join_detail(item.payload.setdefault("reasoning_details", []), fragment)
         if not delta.get("reasoning"):
-            emissions += _grow(item, "reasoning", 0, fragment.get("text") or fragment.get("summary"))
+            emissions += _grow(item, "reasoning", 0, text)
     return emissions
 
 
-def _join_detail(details: list[JSONObject], fragment: JSONObject) -> None:
-    """Add a fragment to the detail of its index and type; a signature may come alone."""
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; nothing for anything else."""
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
+def _join_detail(details: list[JSONObject], fragment: Mapping[str, Any]) -> None:
+    """Add a fragment to the detail of its index and type."""
     for detail in details:
         if all(detail.get(key) == fragment.get(key) for key in ("index", "type")):
             for key, value in fragment.items():
-                joins = key in ("text", "summary", "data") and isinstance(value, str)
-                if value is not None:
-                    detail[key] = (detail.get(key) or "") + value if joins else value
+                old = detail.get(key)
+                if key in ("text", "summary", "data") and isinstance(old, str) and isinstance(value, str):
+                    detail[key] = old + value
+                elif value is not None:
+                    detail[key] = value
             return
     details.append(dict(fragment))
 
 
 def _on_chat_calls(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     emissions = _close_reasoning(state)
-    fragments = delta["tool_calls"]
-    for position, fragment in enumerate(fragments if isinstance(fragments, list) else []):
-        call, function = _mapping(fragment), _mapping(_mapping(fragment).get("function"))
-        item = _chat_item(state, f"call {call.get('index', position)}", "function_call")
-        item.payload.setdefault("call_id", "")
+    for call in _objects(delta["tool_calls"]):
+        function = _mapping(call.get("function"))
+        item = _chat_call(state, call)
         for key, value in (("call_id", call.get("id")), ("name", function.get("name"))):
             if isinstance(value, str) and value:
                 item.payload[key] = value
@@ -2381,17 +2542,27 @@ def _on_chat_calls(state: StreamState, delta: Mapping[str, Any]) -> list[Emissio
     return emissions
 
 
+def _chat_call(state: StreamState, call: Mapping[str, Any]) -> _Item:
+    """The call a fragment continues: by index; without one a new id begins a new call."""
+    calls = [item for item in state.items if item.type == "function_call"]
+    if isinstance(call.get("index"), int):
+        return _chat_item(state, f"call_{call['index']}", "function_call")
+    if calls and call.get("id") in (None, "", calls[-1].payload.get("call_id")):
+        return calls[-1]
+    return _chat_item(state, f"call_{len(calls)}", "function_call")
+
+
 def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    images = delta["images"]
-    urls = (_mapping(_mapping(image).get("image_url")).get("url") for image in images)
+    urls = (_mapping(image.get("image_url")).get("url") for image in _objects(delta["images"]))
     return [MediaProduced(len(state.items), url) for url in urls if isinstance(url, str) and url]
 
 
 def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     emissions: list[Emission] = []
-    for annotation in delta["annotations"]:
-        nested = _mapping(_mapping(annotation).get("url_citation"))
-        emissions += _cite(state, {**nested, "type": _mapping(annotation).get("type")})
+    for annotation in _objects(delta["annotations"]):
+        emissions += _cite(
+            state, {**_mapping(annotation.get("url_citation")), "type": annotation.get("type")}
+        )
     return emissions
 
 
@@ -2825,6 +2996,7 @@ class _Writer:
     """Emissions in, entries for the outlet out; `WRITES` maps a kind of emission to its function."""
 
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {}
+    TAKES_CALLS: ClassVar[bool] = True  # somebody runs the calls that are written
 
     def write(self, emission: Emission) -> Iterable[Entry]:
         """The entries that one emission becomes; none for what this client has no place for."""
@@ -2913,7 +3085,7 @@ class _BrowserWriter(_Writer):
     def _write_failure(self, failed: Failed) -> list[Entry]:
         self._calls.clear()
         entries = [*self._close_all("incomplete"), *self._usage_event(always=False)]
-        return [*entries, {"error": {"message": render_error(failed.error)}}]
+        return [*entries, {"error": {"message": failed.error.user_message}}]
 
     def _close_all(self, status: str) -> list[Entry]:
         entries: list[Entry] = [self._event("done", item, status) for item in self._open.values()]
@@ -2979,7 +3151,9 @@ def _in_order(requested: Iterable[ToolRequested]) -> list[ToolCall]:
 
 
 class _BrowserJSONWriter(_BrowserWriter):
-    """The same items at once, for a chat whose streaming is switched off."""
+    """The same items at once, for a chat whose streaming is switched off. The host runs no calls there."""
+
+    TAKES_CALLS: ClassVar[bool] = False
 
     def __init__(self, clock: Callable[[], float], show_thinking: bool) -> None:
         super().__init__(clock, show_thinking)
@@ -3003,6 +3177,10 @@ class _BrowserJSONWriter(_BrowserWriter):
     def result(self) -> JSONObject:
         """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
         items = [self._items[index] for index in sorted(self._items)]
+        if not items and self._error is None:  # of nothing at all the host would keep no usage
+            content = [{"type": "output_text", "text": "", "annotations": []}]
+            item = {"type": "message", "id": _new_item_id("msg"), "status": "completed", "role": "assistant"}
+            items = [{**item, "content": content}]
         parts = [part for item in items if item["type"] == "message" for part in item["content"]]
         message = {"role": "assistant", "content": "\n".join(part["text"] for part in parts)}
         result: JSONObject = {
@@ -3159,6 +3337,8 @@ class _CompletionWriter(_ChunkWriter):
 class _TaskWriter(_CompletionWriter):
     """One `chat.completion` with nothing but text: a title, tags, a query."""
 
+    TAKES_CALLS: ClassVar[bool] = False
+
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
         kind: write
         for kind, write in _ChunkWriter.WRITES.items()
@@ -3187,7 +3367,7 @@ def _chat_usage(usage: Mapping[str, Any]) -> JSONObject:
 
 def _api_error_object(error: PipeError) -> JSONObject:
     """An error as OpenAI's clients read it."""
-    return {"message": render_error(error), "type": error.template, "code": error.status or error.template}
+    return {"message": error.user_message, "type": error.template, "code": error.status or error.template}
 
 
 def _make_writer(request: ChatRequest, valves: Valves, clock: Callable[[], float]) -> _Writer:
@@ -3236,14 +3416,14 @@ class Emitter:
         outlet: Outlet,
         emit: HostEventEmitter,
         clock: Callable[[], float],
-        support_contact: str = "",
+        page: ErrorPage = _PLAIN_PAGE,
     ) -> None:
         self._writer = writer
         self._outlet = outlet
         self._emit = emit
         self._clock = clock
         self._first_at: float | None = None  # when the model began to write
-        self._support_contact = support_contact
+        self._page = page
         self._cited: set[str] = set()
         self._warnings: list[str] = []
         self._status_open = False
@@ -3264,7 +3444,8 @@ class Emitter:
             await self._outlet.room()
 
     def _note_first(self, emission: Emission) -> None:
-        self._empty = self._empty and not isinstance(emission, _ANSWERS)
+        if isinstance(emission, _ANSWERS if self._writer.TAKES_CALLS else _TEXT_ANSWERS):
+            self._empty = False
         if self._first_at is None and isinstance(emission, _WRITTEN):
             self._first_at = self._clock()
 
@@ -3317,7 +3498,7 @@ class Emitter:
             self._warnings.append("The model sent an empty answer")
 
     async def _note_failure(self, failed: Failed) -> None:
-        failed.error.contact = self._support_contact
+        failed.error.shown = render_error(failed.error, self._page)
         if self._status_open:
             await self._emit_status(StatusUpdate("Failed", done=True))
 
@@ -3353,13 +3534,19 @@ class Emitter:
     }
 
 
-_ANSWERS: Final = (TextDelta, RefusalDelta, ToolRequested, MediaProduced)
+_TEXT_ANSWERS: Final = (TextDelta, RefusalDelta, MediaProduced)
+_ANSWERS: Final = (*_TEXT_ANSWERS, ToolRequested)
 _WRITTEN: Final = (TextDelta, RefusalDelta, ReasoningDelta)
 _SERVER_TOOL_WORDS: Final[dict[str, tuple[str, str]]] = {
     "web_search": ("Searching the web", "Searched the web"),
     "web_fetch": ("Reading a page", "Read a page"),
     "file_search": ("Searching files", "Searched files"),
     "image_generation": ("Making a picture", "Made a picture"),
+    "code_interpreter": ("Running code", "Ran code"),
+    "fusion": ("Asking several models", "Asked several models"),
+    "advisor": ("Asking an advisor", "Asked an advisor"),
+    "subagent": ("A helper works on it", "A helper has worked on it"),
+    "tool_search": ("Looking for tools", "Looked for tools"),
 }
 _INCOMPLETE_WORDS: Final[dict[str, str]] = {
     "max_output_tokens": "Cut short: the output limit was reached",
@@ -3453,6 +3640,51 @@ class UpstreamRequest(NamedTuple):
     chat_body: Callable[[], JSONObject] | None = None
 
 
+class QueueLimits(NamedTuple):
+    """Bounds of the two queues of a stream, in network reads, and how many decoders work on them."""
+
+    chunks: int = 100
+    events: int = 100
+    workers: int = 2
+
+
+_DEFAULT_LIMITS: Final = QueueLimits()
+
+
+class _StreamEndedError(Exception):
+    """The terminal event came out of the queues: nobody need read on."""
+
+
+class _ChunkQueues:
+    """Network reads on their way from the socket to the reducer, when they cannot go straight through.
+
+    What crosses both queues is the batch of frames of one read. A slot (a future) takes its place in
+    `events` before the batch enters `chunks`: decoders fill slots in any order, the reducer awaits
+    them in this one. Both are bounded: who fills them waits, and with it the sender.
+    """
+
+    def __init__(self, limits: QueueLimits) -> None:
+        self.limits = limits
+        self.chunks: asyncio.Queue[tuple[list[SSEFrame], asyncio.Future[list[StreamEvent]]]]
+        self.chunks = asyncio.Queue(limits.chunks)
+        self.events: asyncio.Queue[asyncio.Future[list[StreamEvent]]] = asyncio.Queue(limits.events)
+        self.waiting = 0
+        self.tasks: list[asyncio.Task[None]] = []
+
+    async def put(self, frames: list[SSEFrame]) -> None:
+        """Queue a batch behind all others."""
+        slot: asyncio.Future[list[StreamEvent]] = asyncio.get_running_loop().create_future()
+        self.waiting += 1
+        await self.events.put(slot)
+        await self.chunks.put((frames, slot))
+
+    async def finish(self) -> None:
+        """Wait until everything has been reduced, then end the tasks."""
+        await self.events.join()
+        for task in self.tasks:
+            task.cancel()
+
+
 class StreamingEngine:
     """Streams calls of OpenRouter into a sink.
 
@@ -3465,16 +3697,22 @@ class StreamingEngine:
     ) -> None:
         self._client = client
         self._sleep = sleep
+        self._unknown: set[str] = set()  # event types that the log has named
 
     async def stream(
-        self, connection: Connection, request: UpstreamRequest, sink: Sink, policy: RetryPolicy
+        self,
+        connection: Connection,
+        request: UpstreamRequest,
+        sink: Sink,
+        policy: RetryPolicy,
+        limits: QueueLimits = _DEFAULT_LIMITS,
     ) -> None:
         """Send `request` and give the sink what comes, up to `TurnEnded`.
 
         Raises:
             PipeError: the call failed for good; what the sink has been given stays valid.
         """
-        call = _UpstreamCall(sink)
+        call = _UpstreamCall(sink, limits)
         try:
             await self._try(connection, request, call, policy)
         except OpenRouterAPIError as error:
@@ -3508,20 +3746,74 @@ class StreamingEngine:
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
     ) -> None:
         async with self._client.open_stream(connection, request.api.path, request.body) as reads:
-            await self._consume_sse(reads, request.api, call)
+            call.begin(request.api)
+            try:
+                async with asyncio.TaskGroup() as group:
+                    await self._consume_sse(reads, call, group)
+            except BaseExceptionGroup as failures:
+                error = _first_failure(failures)
+                if not isinstance(error, _StreamEndedError):
+                    raise error from None
+            self._log_unknown(call.state)
 
-    async def _consume_sse(self, reads: _Reads, api: UpstreamAPI, call: _UpstreamCall) -> None:
-        decoder, state = SSEDecoder(), StreamState()
+    def _log_unknown(self, state: StreamState) -> None:
+        fresh = set(state.unknown) - self._unknown
+        if fresh:
+            self._unknown |= fresh
+            LOGGER.info("event types that this version does not know: %s", ", ".join(sorted(fresh)))
+
+    async def _consume_sse(self, reads: _Reads, call: _UpstreamCall, group: asyncio.TaskGroup) -> None:
+        decoder, queues = SSEDecoder(), _ChunkQueues(call.limits)
         async for chunk in reads:
-            await call.hand_over(api.reduce(state, parse_frames(decoder.feed(chunk))))
-            if state.ended:
+            await self._pass_on(decoder.feed(chunk), queues, call, group)
+            if call.state.ended:
+                await queues.finish()
                 await _drain(reads)
-                break
-        else:
-            await call.hand_over(api.reduce(state, parse_frames(decoder.close())))
-            await call.hand_over(api.close(state))
-        if state.unknown:
-            LOGGER.info("events that this version does not know: %s", state.unknown)
+                return
+        await self._pass_on(decoder.close(), queues, call, group)
+        await queues.finish()
+        await call.close()
+
+    async def _pass_on(
+        self, frames: list[SSEFrame], queues: _ChunkQueues, call: _UpstreamCall, group: asyncio.TaskGroup
+    ) -> None:
+        """The short way while nothing waits and nothing is large: same order, no switch of tasks."""
+        if not queues.waiting and not _is_heavy(frames):
+            await call.take(parse_frames(frames))
+            return
+        if not queues.tasks:
+            workers = [self._decode_chunks(queues) for _ in range(queues.limits.workers)]
+            queues.tasks = [
+                group.create_task(work) for work in (*workers, self._drain_event_queue(queues, call))
+            ]
+        await queues.put(frames)
+
+    async def _decode_chunks(self, queues: _ChunkQueues) -> None:
+        while True:
+            frames, slot = await queues.chunks.get()
+            events = parse_frames(frames)
+            slot.set_result(await asyncio.to_thread(list, events) if _is_heavy(frames) else list(events))
+
+    async def _drain_event_queue(self, queues: _ChunkQueues, call: _UpstreamCall) -> None:
+        while True:
+            slot = await queues.events.get()
+            await call.take(await slot)
+            queues.waiting -= 1
+            queues.events.task_done()
+            if call.state.ended:
+                raise _StreamEndedError
+
+
+def _is_heavy(frames: list[SSEFrame]) -> bool:
+    return any(len(frame.data) > _HEAVY_FRAME_BYTES for frame in frames)
+
+
+def _first_failure(failures: BaseExceptionGroup) -> BaseException:
+    """What the group failed of: a PipeError if there is one, else whatever came first."""
+    flat: list[BaseException] = []
+    for failure in failures.exceptions:
+        flat.append(_first_failure(failure) if isinstance(failure, BaseExceptionGroup) else failure)
+    return next((failure for failure in flat if isinstance(failure, PipeError)), flat[0])
 
 
 def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> UpstreamRequest | None:
@@ -3557,13 +3849,29 @@ _REPAIRS: Final = ((_is_wrong_endpoint, _for_chat), (_is_foreign_reasoning, _for
 
 
 class _UpstreamCall:
-    """Stands between one call and its sink: remembers whether anything was shown, raises failures."""
+    """Stands between one call and its sink: reduces, remembers what was shown, raises failures."""
 
-    __slots__ = ("_sink", "shown")
+    __slots__ = ("_api", "_sink", "limits", "shown", "state")
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink, limits: QueueLimits) -> None:
         self._sink = sink
+        self._api = RESPONSES
+        self.limits = limits
+        self.state = StreamState()
         self.shown = False
+
+    def begin(self, api: UpstreamAPI) -> None:
+        """A connection is open: what comes is of a new stream."""
+        self._api = api
+        self.state = StreamState()
+
+    async def take(self, events: Iterable[StreamEvent]) -> None:
+        """Reduce events and hand over what they mean."""
+        await self.hand_over(self._api.reduce(self.state, events))
+
+    async def close(self) -> None:
+        """The connection has ended."""
+        await self.hand_over(self._api.close(self.state))
 
     async def hand_over(self, emissions: list[Emission]) -> None:
         """Give the sink everything before a failure, then raise the failure."""
@@ -3672,7 +3980,12 @@ class TurnLoop:
         await job.emitter.send([Notice(text) for text in translated.notices])
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         upstream = _upstream_request(translated.payload, body, job.valves)
-        await self._engine.stream(connection, upstream, job.emitter.send, policy)
+        limits = QueueLimits(
+            job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
+            job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
+            job.valves.SSE_WORKERS_PER_REQUEST,
+        )
+        await self._engine.stream(connection, upstream, job.emitter.send, policy, limits)
 
     def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
         usage = job.emitter.usage()
@@ -3767,8 +4080,10 @@ class Runtime:
             request.event_emitter, suppress_chat_messages=request.dialect not in _DIALECTS_WITH_EVENTS
         )
         writer = _make_writer(request, valves, self._clock)
-        emitter = Emitter(writer, outlet, emit, self._clock, valves.SUPPORT_CONTACT)
-        return _PipeJob(request, valves, emitter, outlet)
+        request_id = secrets.token_hex(4)
+        page = ErrorPage(_error_templates(valves), valves.SUPPORT_CONTACT, request_id)
+        emitter = Emitter(writer, outlet, emit, self._clock, page)
+        return _PipeJob(request, valves, emitter, outlet, request_id)
 
     async def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
         """The chunks of a job, which starts when the first is asked for."""
@@ -3809,7 +4124,7 @@ class Runtime:
             raise
         except Exception:
             LOGGER.exception("request %s: unexpected error", job.request_id)
-            await self._say_last(job, PipeError(f"Error id {job.request_id}"))
+            await self._say_last(job, PipeError())
         finally:
             job.emitter.aclose()
 

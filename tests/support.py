@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
@@ -40,6 +41,13 @@ DIALECTS: Final[dict[str, tuple[bool, bool, str | None]]] = {
 STREAMING: Final = [name for name, (streams, _, _) in DIALECTS.items() if streams]
 
 
+def without_id(told: str) -> tuple[str, str]:
+    """(an error as it is told, without the id at its end; that id)."""
+    match = re.fullmatch(r"(.*?)(?: \(Error ([0-9a-f]{8})\))?", told, flags=re.DOTALL)
+    assert match
+    return match[1], match[2] or ""
+
+
 class Events(list[Json]):
     """An event emitter that keeps what it is given."""
 
@@ -63,6 +71,7 @@ class Answer:
     text: str = ""
     reasoning: str = ""
     error: str = ""
+    error_id: str = ""
     usage: Json | None = None
     finish: str | None = None
     calls: list[Json] = field(default_factory=list)
@@ -72,7 +81,7 @@ class Answer:
         """Take one streamed chunk of any dialect, or the whole answer of one that does not stream."""
         self.chunks.append(chunk)
         if chunk.get("error"):
-            self.error = chunk["error"]["message"]
+            self.error, self.error_id = without_id(chunk["error"]["message"])
         if str(chunk.get("type", "")).startswith("response."):
             self._add_event(chunk)
             return

@@ -74,7 +74,7 @@ PENDING: Final = words(
     _emit_templated_error _flush_pending SafeFetcher MediaIntake ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
     CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop
-    _execute_tool_batch _shutdown_tool_context StreamingEngine._drain_event_queue ContextKeeper
+    _execute_tool_batch _shutdown_tool_context ContextKeeper
     ImageResults VideoJobs AdmissionScheduler Runtime._ensure_concurrency_controls
     Runtime._maybe_start_log_worker Runtime._maybe_start_startup_checks Runtime._maybe_start_redis
     Runtime._maybe_start_cleanup Runtime._request_worker_loop Runtime._stop_request_worker

@@ -15,6 +15,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     _ADVICE,
     AdmissionError,
     ConfigurationError,
+    ErrorPage,
     InputError,
     OpenRouterAPIError,
     PipeError,
@@ -52,7 +53,7 @@ WORDS: Final[dict[str, tuple[str, str]]] = {
     "400_model_not_found": ("refused", "acme/none-1 is not a valid model ID"),
     "401_bad_key": ("authentication", "did not accept the API key"),
     "402_credits": ("credits", "can only afford 2666"),
-    "403_moderation": ("moderation", "openai/gpt-4o requires moderation. Your input was flagged."),
+    "403_moderation": ("moderation", "Your input was flagged (harassment, violence)."),
     "403_guardrail": ("guardrail", "prompt injection patterns detected"),
     "404_privacy": ("not_found", "No endpoints for openai/gpt-5 match your data policy."),
     "404_no_providers": ("not_found", "No allowed providers are available"),
@@ -71,7 +72,12 @@ WORDS: Final[dict[str, tuple[str, str]]] = {
     "502_html": ("provider", "502"),
     "200_error_body": ("provider", "provider reported an error"),
 }
-WAITS: Final = {"429_capacity_exhausted": 2.0, "503_no_provider": 5.0, "429_http_date": 0.0}
+WAITS: Final = {
+    "429_capacity_exhausted": 2.0,
+    "503_no_provider": 5.0,
+    "429_http_date": 0.0,
+    "429_free_daily": 52_800.0,
+}
 
 bodies = pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 
@@ -88,7 +94,7 @@ def test_recorded_bodies(case: Json) -> None:
     assert isinstance(error, _RetryableHTTPStatusError) == case["retryable"]
     assert error.template == template
     assert words in error.user_message
-    assert error.retry_after == WAITS.get(case["name"])
+    assert error.retry_after == pytest.approx(WAITS.get(case["name"]))
     late = 502 if case["name"] == "200_error_body" else None
     assert error.status == (late or case["status"])
 
@@ -322,8 +328,8 @@ def test_waiting_times(seconds: float, words: str) -> None:
         (AdmissionError("Retiring"), "Retiring."),
         (InputError("It holds no messages"), "This chat could not be sent. It holds no messages."),
         (
-            PipeError("Error id 1"),
-            "Something went wrong inside this function. Error id 1. The server's log has the details.",
+            PipeError("It is odd"),
+            "Something went wrong inside this function. It is odd. The server's log says what.",
         ),
         (PipeError(template="unheard of"), render_error(PipeError())),
         (StreamError(" a \r\n  b\n\nc ", template="refused"), "OpenRouter refused the request. a b c."),
@@ -350,8 +356,8 @@ def test_words_that_say_nothing_are_not_repeated(words: str) -> None:
 def test_whom_to_ask_stands_last() -> None:
     error = StreamError("It broke")
     before = error.user_message
-    error.contact = "help@example.org"
-    assert error.user_message == f"{before} Contact: help@example.org"
+    page = ErrorPage(contact="help@example.org", error_id="1a2b3c4d")
+    assert render_error(error, page) == f"{before} Contact: help@example.org (Error 1a2b3c4d)"
 
 
 @pytest.mark.parametrize("template", sorted(_ADVICE))

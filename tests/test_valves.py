@@ -64,7 +64,11 @@ ROWS: Final[dict[str, Row]] = {
     "STREAMING_IDLE_FLUSH_MS": Row("integer", 250, 0, 2000),
     "SHOW_THINKING": Row("boolean", True),
     "SHOW_FINAL_USAGE_STATUS": Row("boolean", True),
+    "STREAMING_CHUNK_QUEUE_MAXSIZE": Row("integer", 100, 1, 10_000),
+    "STREAMING_EVENT_QUEUE_MAXSIZE": Row("integer", 100, 1, 10_000),
+    "SSE_WORKERS_PER_REQUEST": Row("integer", 2, 1, 8),
     "FORCE_CHAT_COMPLETIONS_MODELS": Row("string", ""),
+    "ERROR_TEMPLATES": Row("string", ""),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
