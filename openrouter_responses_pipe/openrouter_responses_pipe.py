@@ -3499,8 +3499,12 @@ class Emitter:
 
     async def _note_failure(self, failed: Failed) -> None:
         failed.error.shown = render_error(failed.error, self._page)
+        await self.close_status("Failed")
+
+    async def close_status(self, description: str = "Stopped") -> None:
+        """End a line of progress that would otherwise shimmer for ever in the saved chat."""
         if self._status_open:
-            await self._emit_status(StatusUpdate("Failed", done=True))
+            await self._emit_status(StatusUpdate(description, done=True))
 
     async def _emit_completion(self, elapsed_s: float, show_usage: bool) -> None:
         """The last status: what the person must know, and what the answer took."""
@@ -4119,8 +4123,7 @@ class Runtime:
                 await self._turns.run(job)
         except asyncio.CancelledError:
             LOGGER.info("request %s: stopped, used so far: %s", job.request_id, job.emitter.usage())
-            if job.ended_by is not None:
-                await self._say_last(job, job.ended_by)
+            await self._say_last(job, job.ended_by)
             raise
         except Exception:
             LOGGER.exception("request %s: unexpected error", job.request_id)
@@ -4128,10 +4131,13 @@ class Runtime:
         finally:
             job.emitter.aclose()
 
-    async def _say_last(self, job: _PipeJob, error: PipeError) -> None:
+    async def _say_last(self, job: _PipeJob, error: PipeError | None) -> None:
+        """The last words of a job that did not end by itself: an error, or only the end of its status."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLEANUP_S):
-                await job.emitter.send((Failed(error),))
+                await (
+                    job.emitter.send((Failed(error),)) if error is not None else job.emitter.close_status()
+                )
 
     def retire_soon(self) -> None:
         """`retire` on the loop this runtime lives on, wherever that is; nothing if it is gone."""
