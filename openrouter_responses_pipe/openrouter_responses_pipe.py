@@ -1824,11 +1824,13 @@ class SSEDecoder:
         if not end:
             self._keep(chunk)
             return []
-        text = chunk[:end]
+        frames: list[SSEFrame] = []
+        start = 0
         if self._pieces:
-            text = b"".join((*self._pieces, text))
-            self._pieces.clear()
-        frames = self._take(text)
+            start = chunk.find(b"\n") + 1
+            self._end_line(chunk[: start - 1], frames)
+        if start < end:
+            self._take(chunk[start:end], frames)
         if self._size + end > self._max_frame_bytes:
             self._check_sizes(frames)
         self._size = sum(map(len, self._data))
@@ -1837,9 +1839,10 @@ class SSEDecoder:
 
     def close(self) -> list[SSEFrame]:
         """The stream has ended: return the frame that was still open, if there is one."""
-        text = b"".join((*self._pieces, b"\n\n"))
-        self._pieces.clear()
-        return self._take(text)
+        frames: list[SSEFrame] = []
+        self._end_line(b"", frames)
+        self._take_lines((b"",), frames)
+        return frames
 
     def _keep(self, piece: bytes) -> None:
         if piece:
@@ -1855,13 +1858,27 @@ class SSEDecoder:
     def _too_large(self) -> StreamError:
         return StreamError(f"An event of more than {self._max_frame_bytes} bytes arrived")
 
-    def _take(self, text: bytes) -> list[SSEFrame]:
-        """The frames that `text`, whole lines each with its end, completes."""
-        if self._first_line:
+    def _end_line(self, tail: bytes, frames: list[SSEFrame]) -> None:
+        """The line whose beginning came in earlier reads ends with `tail`; a long one is copied once."""
+        pieces = [*self._pieces, tail]
+        self._pieces.clear()
+        if pieces[0].startswith(b"data: "):
             self._first_line = False
-            text = text.removeprefix(b"\xef\xbb\xbf")
-        frames: list[SSEFrame] = []
-        blocks = text.split(b"\n\n")
+            pieces[0] = pieces[0][6:]
+            self._data.append(b"".join(pieces))
+        else:
+            self._take_lines((self._without_mark(b"".join(pieces)),), frames)
+
+    def _without_mark(self, text: bytes) -> bytes:
+        """`text` without the byte-order mark that only the very first line may have."""
+        if not self._first_line:
+            return text
+        self._first_line = False
+        return text.removeprefix(b"\xef\xbb\xbf")
+
+    def _take(self, text: bytes, frames: list[SSEFrame]) -> None:
+        """Add the frames that `text`, whole lines each with its end, completes."""
+        blocks = self._without_mark(text).split(b"\n\n")
         last = blocks.pop()
         for block in blocks:
             if block.startswith(b"data: ") and b"\n" not in block and not self._data:
@@ -1869,7 +1886,6 @@ class SSEDecoder:
             else:
                 self._take_lines((*block.split(b"\n"), b""), frames)
         self._take_lines(last.split(b"\n")[:-1], frames)
-        return frames
 
     def _take_lines(self, lines: Iterable[bytes], frames: list[SSEFrame]) -> None:
         for line in lines:
@@ -2221,6 +2237,7 @@ def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
 
 
 def _finish_reasoning(state: StreamState, item: _Item) -> list[Emission]:
+    _join_details(item)
     emissions: list[Emission] = []
     for key in ("summary", "content"):
         parts = item.payload.get(key)
@@ -2504,7 +2521,7 @@ def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> 
         # A signature may come alone, and after the text began: it belongs to what was said before.
         known = None if text else state.by_id.get("reasoning")
         item = known or _chat_item(state, "reasoning", "reasoning")
-        _join_detail(item.payload.setdefault("reasoning_details", []), fragment)
+        _keep_detail(item, fragment)
         if not delta.get("reasoning"):
             emissions += _grow(item, "reasoning", 0, text)
     return emissions
@@ -2515,18 +2532,32 @@ def _objects(value: Any) -> list[Mapping[str, Any]]:
     return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
-def _join_detail(details: list[JSONObject], fragment: Mapping[str, Any]) -> None:
-    """Add a fragment to the detail of its index and type."""
-    for detail in details:
-        if all(detail.get(key) == fragment.get(key) for key in ("index", "type")):
-            for key, value in fragment.items():
-                old = detail.get(key)
-                if key in ("text", "summary", "data") and isinstance(old, str) and isinstance(value, str):
-                    detail[key] = old + value
-                elif value is not None:
-                    detail[key] = value
-            return
-    details.append(dict(fragment))
+_DETAIL_TEXTS: Final = ("text", "summary", "data")
+
+
+def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
+    """Add a fragment to the detail of its index and type; its texts are joined when the item closes."""
+    details: list[JSONObject] = item.payload.setdefault("reasoning_details", [])
+    for number, detail in enumerate(details):
+        if detail.get("index") == fragment.get("index") and detail.get("type") == fragment.get("type"):
+            break
+    else:
+        number, detail = len(details), {}
+        details.append(detail)
+    for key, value in fragment.items():
+        if key in _DETAIL_TEXTS and isinstance(value, str):
+            detail.setdefault(key, "")
+            item.parts.setdefault((f"detail {key}", number), []).append(value)
+        elif value is not None:
+            detail[key] = value
+
+
+def _join_details(item: _Item) -> None:
+    for number, detail in enumerate(item.payload.get("reasoning_details", ())):
+        for key in _DETAIL_TEXTS:
+            pieces = item.parts.get((f"detail {key}", number))
+            if pieces:
+                detail[key] = "".join(pieces)
 
 
 def _on_chat_calls(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
@@ -2543,13 +2574,21 @@ def _on_chat_calls(state: StreamState, delta: Mapping[str, Any]) -> list[Emissio
 
 
 def _chat_call(state: StreamState, call: Mapping[str, Any]) -> _Item:
-    """The call a fragment continues: by index; without one a new id begins a new call."""
+    """The call that a fragment continues, by index or else the last one, or a new one.
+
+    Some providers give every call the index 0, or none: a name under another id begins a new call.
+    """
+    index, call_id = call.get("index"), call.get("id")
     calls = [item for item in state.items if item.type == "function_call"]
-    if isinstance(call.get("index"), int):
-        return _chat_item(state, f"call_{call['index']}", "function_call")
-    if calls and call.get("id") in (None, "", calls[-1].payload.get("call_id")):
-        return calls[-1]
-    return _chat_item(state, f"call_{len(calls)}", "function_call")
+    if isinstance(index, int):
+        calls = [item for item in calls if item.index == index]
+    known = calls[-1] if calls else None
+    named = bool(_mapping(call.get("function")).get("name"))
+    if known is not None and named and known.payload.get("name"):
+        other_id = bool(call_id) and call_id != known.payload.get("call_id")
+        if other_id or (not call_id and not isinstance(index, int)):
+            known = None
+    return known or _add_item(state, {"type": "function_call", "id": f"call_{len(state.items)}"}, index)
 
 
 def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
@@ -3835,7 +3874,10 @@ def _is_wrong_endpoint(error: OpenRouterAPIError) -> bool:
 def _is_foreign_reasoning(error: OpenRouterAPIError) -> bool:
     """The provider that serves now cannot read the reasoning of the one that served before."""
     words = error.detail.lower()
-    return error.status == 400 and ("signature" in words or "encrypted_content" in words)
+    return error.status == 400 and any(word in words for word in _REASONING_WORDS)
+
+
+_REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
 
 
 def _for_chat(request: UpstreamRequest) -> UpstreamRequest | None:
