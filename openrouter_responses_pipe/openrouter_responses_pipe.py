@@ -2332,30 +2332,44 @@ def _finish_all(state: StreamState, response: Mapping[str, Any]) -> list[Emissio
     """Close every item with what the final object knows, and report the usage."""
     emissions: list[Emission] = []
     output = response.get("output")
-    unmatched = list(state.items)
-    for index, final in enumerate(output if isinstance(output, list) else []):
-        if not isinstance(final, dict):
-            continue
-        item = _match(unmatched, final, index)
-        if item is None:
-            item = _add_item(state, final, None)
-        else:
-            unmatched.remove(item)
-        emissions += _finish_item(state, item, final)
-    for item in unmatched:
+    finals = [final for final in output if isinstance(final, dict)] if isinstance(output, list) else []
+    known = _match_items(state.items, finals)
+    rest = [item for item in state.items if item not in known]
+    for item, final in zip(known, finals, strict=True):
+        emissions += _finish_item(state, item or _add_item(state, final, None), final)
+    for item in rest:
         if not item.closed and item.type in _ITEM_FINISHERS:
             emissions += _finish_item(state, item, {})
     state.ended = True
     return [*emissions, *_report_usage(state, response)]
 
 
-def _match(items: list[_Item], final: JSONObject, index: int) -> _Item | None:
-    """The streamed item that a final one repeats: by id, else by place, else the next of its type."""
-    same_type = [item for item in items if item.type == final.get("type")]
-    final_id = final.get("id")
-    by_id = (item for item in same_type if item.id and item.id == final_id)
-    by_index = (item for item in same_type if item.index == index)
-    return next(by_id, None) or next(by_index, None) or next(iter(same_type), None)
+def _match_items(items: Sequence[_Item], finals: Sequence[JSONObject]) -> list[_Item | None]:
+    """For each final item the streamed one it repeats: by id, else by place, else the next of its type."""
+    free = list(items)
+    found: list[_Item | None] = [None] * len(finals)
+    for same in (_same_id, _same_place, _same_kind):
+        for place, final in enumerate(finals):
+            if found[place] is None:
+                item = next((item for item in free if same(item, final, place)), None)
+                if item is not None:
+                    free.remove(item)
+                    found[place] = item
+    return found
+
+
+def _same_id(item: _Item, final: JSONObject, place: int) -> bool:
+    return _same_kind(item, final, place) and bool(item.id) and item.id == final.get("id")
+
+
+def _same_place(item: _Item, final: JSONObject, place: int) -> bool:
+    return _same_kind(item, final, place) and item.index == place
+
+
+def _same_kind(item: _Item, final: JSONObject, place: int) -> bool:
+    """The same type; calls also need the same `call_id`, where both have one."""
+    ours, theirs = item.payload.get("call_id"), final.get("call_id")
+    return item.type == final.get("type") and (not ours or not theirs or ours == theirs)
 
 
 def _report_usage(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
@@ -2538,12 +2552,12 @@ _DETAIL_TEXTS: Final = ("text", "summary", "data")
 def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
     """Add a fragment to the detail of its index and type; its texts are joined when the item closes."""
     details: list[JSONObject] = item.payload.setdefault("reasoning_details", [])
-    for number, detail in enumerate(details):
-        if detail.get("index") == fragment.get("index") and detail.get("type") == fragment.get("type"):
-            break
-    else:
-        number, detail = len(details), {}
-        details.append(detail)
+    kind = (fragment.get("index"), fragment.get("type"))
+    kinds = [(detail.get("index"), detail.get("type")) for detail in details]
+    number = kinds.index(kind) if kind in kinds else len(details)
+    if number == len(details):
+        details.append({})
+    detail = details[number]
     for key, value in fragment.items():
         if key in _DETAIL_TEXTS and isinstance(value, str):
             detail.setdefault(key, "")

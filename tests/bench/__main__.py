@@ -1,4 +1,4 @@
-"""`python -m tests.bench [--quick]`: what loading and streaming cost, each figure beside its limit.
+"""`python -m tests.bench [--quick]`: what loading, streaming and size cost, each figure beside its limit.
 
 Ends with 1 when a figure is over its limit. `--quick` takes fewer and shorter rounds: good enough to see
 a change of a third, not to judge one of a tenth.
@@ -12,14 +12,16 @@ import logging
 import os
 import sys
 import tempfile
+from collections.abc import Container
 from pathlib import Path
 
 import pytest_bootstrap  # noqa: F401 - the stand-in for the host
 from openrouter_responses_pipe.webui import SimulatorServer
-from tests.bench import loading, streaming
+from tests.bench import loading, scale, streaming
 from tests.bench.report import HEADER, Figure
 
 ROUNDS, QUICK_ROUNDS = 7, 3
+PARTS = ("loading", "streaming", "scale")
 
 
 def _say(text: str) -> None:
@@ -27,14 +29,19 @@ def _say(text: str) -> None:
         print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
 
 
-def _streams(rounds: int, quick: bool) -> list[Figure]:
+def _streams(wanted: Container[str], rounds: int, quick: bool) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         simulator = SimulatorServer(Path(folder) / "simulator.log")
         try:
             simulator.launch()
-            bench = streaming.Bench(simulator.base_url, rounds, quick, _say)
-            figures = asyncio.run(bench.figures())
-            return figures + streaming.first_request_figures(simulator.base_url, rounds, _say)
+            figures: list[Figure] = []
+            if "streaming" in wanted:
+                bench = streaming.Bench(simulator.base_url, rounds, quick, _say)
+                figures += asyncio.run(bench.figures())
+                figures += streaming.first_request_figures(simulator.base_url, rounds, _say)
+            if "scale" in wanted:
+                figures += asyncio.run(scale.ScaleBench(simulator.base_url, rounds, quick, _say).figures())
+            return figures
         finally:
             simulator.stop()
 
@@ -43,17 +50,18 @@ def main() -> int:
     """Measure, print the table, say whether all is within its limits."""
     parser = argparse.ArgumentParser(prog="python -m tests.bench", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="fewer and shorter rounds")
-    parser.add_argument("--only", choices=("loading", "streaming"), help="one half of the figures")
+    parser.add_argument("--only", choices=PARTS, help="one part of the figures")
     args = parser.parse_args()
+    wanted = PARTS if args.only is None else (args.only,)
     rounds = QUICK_ROUNDS if args.quick else ROUNDS
     os.environ.setdefault("WEBUI_SECRET_KEY", "a secret of this benchmark")
     logging.getLogger("openrouter_responses_pipe").setLevel(logging.WARNING)
     figures: list[Figure] = []
-    if args.only != "streaming":
+    if "loading" in wanted:
         _say("loading")
         figures += loading.figures(rounds)
-    if args.only != "loading":
-        figures += _streams(rounds, args.quick)
+    if wanted != ("loading",):
+        figures += _streams(wanted, rounds, args.quick)
     _say("")
     over = [figure for figure in figures if figure.over]
     print(f"medians of {rounds} rounds", HEADER, *(figure.row() for figure in figures), sep="\n")

@@ -23,6 +23,7 @@ import orjson
 
 from tests.bench.hosting import MODEL, Loaded, ask, load, publish, set_valves, text_of
 from tests.bench.report import Figure, Pair, compare
+from tests.bench.ticker import Ticker
 
 ROOT: Final = Path(__file__).parents[2]
 FUNCTION_ID: Final = "bench_pipe"
@@ -139,9 +140,11 @@ def installed(base_url: str) -> Loaded:
 
 
 Reader = BareReader | PipeReader
+Readers = tuple[PipeReader, BareReader]
 
 
-async def _run(reader: Reader, prompt: str, streams: int = 1) -> Meter:
+async def run(reader: Reader, prompt: str, streams: int = 1) -> Meter:
+    """`streams` answers to `prompt` at once."""
     meter = Meter(streams)
     gc.collect()
     await asyncio.gather(*(reader.read(prompt, meter) for _ in range(streams)))
@@ -170,33 +173,31 @@ async def _first_deltas(reader: Reader, requests: int) -> tuple[float, float]:
     return median(times), (time.process_time() - cpu) / requests
 
 
-class Bench:
-    """One run of all stream measurements against one simulator."""
+class Rounds:
+    """Measurements in which both readers take turns, round by round, against one simulator."""
 
     def __init__(self, base_url: str, rounds: int, quick: bool, say: Callable[[str], None]) -> None:
-        self._base_url, self._rounds, self._say = base_url, rounds, say
-        self._burst = 8_000 if quick else 30_000
-        self._seconds = 2 if quick else 3
-        self._requests = 20 if quick else 60
+        self._base_url, self._rounds, self._quick, self._say = base_url, rounds, quick, say
 
     async def figures(self) -> list[Figure]:
         """Measure everything that needs no fresh process."""
         readers = (PipeReader(installed(self._base_url)), BareReader(self._base_url))
         try:
             for reader in readers:  # a connection, a catalog, warm code
-                await _run(reader, "[[burst tokens=2000]]")
+                await run(reader, "[[burst tokens=2000]]")
                 await _first_deltas(reader, 5)
-            return [
-                *await self._full_speed(readers),
-                *await self._paced(readers, 1, 1.4),
-                *await self._paced(readers, STREAMS, 1.7),
-                *await self._short(readers),
-            ]
+            return await self.measure(readers)
         finally:
             for reader in readers:
                 await reader.aclose()
 
-    async def _rounds_of(self, what: str, measure: Callable[[Reader], Awaitable[Any]], readers: Any) -> Any:
+    async def measure(self, readers: Readers) -> list[Figure]:
+        """The figures of warm readers."""
+        raise NotImplementedError
+
+    async def rounds_of(
+        self, what: str, measure: Callable[[Reader], Awaitable[Any]], readers: Readers
+    ) -> list[tuple[Any, Any]]:
         """The measurements of both readers, round by round; who begins changes."""
         found: list[tuple[Any, Any]] = []
         for number in range(self._rounds):
@@ -206,9 +207,38 @@ class Bench:
             found.append((results[PipeReader], results[BareReader]))
         return found
 
-    async def _full_speed(self, readers: Any) -> list[Figure]:
+    async def control(self, call: str, order: dict[str, Any] | None = None) -> Any:
+        """One call of the simulator's own interface; an order is posted."""
+        root = self._base_url.removesuffix("/api/v1")
+        method = "GET" if order is None else "POST"
+        async with (
+            aiohttp.ClientSession(raise_for_status=True) as session,
+            session.request(method, f"{root}/_control/{call}", json=order) as response,
+        ):
+            return await response.json()
+
+
+class Bench(Rounds):
+    """What a delta and a request cost."""
+
+    def __init__(self, base_url: str, rounds: int, quick: bool, say: Callable[[str], None]) -> None:
+        super().__init__(base_url, rounds, quick, say)
+        self._burst = 8_000 if quick else 30_000
+        self._seconds = 2 if quick else 3
+        self._requests = 20 if quick else 60
+
+    async def measure(self, readers: Readers) -> list[Figure]:
+        """One stream, many streams, and one short request after the other."""
+        return [
+            *await self._full_speed(readers),
+            *await self._paced(readers, 1, 1.4),
+            *await self._paced(readers, STREAMS, 1.7),
+            *await self._short(readers),
+        ]
+
+    async def _full_speed(self, readers: Readers) -> list[Figure]:
         prompt = f"[[burst tokens={self._burst}]]"
-        found = await self._rounds_of("full speed", lambda reader: _run(reader, prompt), readers)
+        found = await self.rounds_of("full speed", lambda reader: run(reader, prompt), readers)
         pairs = [Pair(pipe.cpu_per_token, bare.cpu_per_token) for pipe, bare in found]
         events = median(pipe.events_per_token for pipe, _ in found)
         return [
@@ -216,12 +246,12 @@ class Bench:
             Figure("one stream at full speed: events per delta", events, "", limit=0.05),
         ]
 
-    async def _paced(self, readers: Any, streams: int, limit: float) -> list[Figure]:
+    async def _paced(self, readers: Readers, streams: int, limit: float) -> list[Figure]:
         tokens = TOKENS_PER_SECOND * self._seconds
         prompt = f"[[drip rate={TOKENS_PER_SECOND} tokens={tokens}]]"
         name = f"{streams} streams" if streams > 1 else "one stream"
         name = f"{name} at {TOKENS_PER_SECOND} tokens/s"
-        found = await self._rounds_of(name, lambda reader: _run(reader, prompt, streams), readers)
+        found = await self.rounds_of(name, lambda reader: run(reader, prompt, streams), readers)
         pairs = [Pair(pipe.cpu_per_token, bare.cpu_per_token) for pipe, bare in found]
         rows = [compare(f"{name}: CPU per delta", "µs", pairs, limit, scale=1e6)]
         if streams == 1:
@@ -229,54 +259,74 @@ class Bench:
             rows.append(Figure(f"{name}: events per delta", events, "", limit=0.97, at_least=True))
         return rows
 
-    async def _short(self, readers: Any) -> list[Figure]:
-        found = await self._rounds_of(
-            "first delta", lambda reader: _first_deltas(reader, self._requests), readers
-        )
+    async def _short(self, readers: Readers) -> list[Figure]:
+        async def measure(reader: Reader) -> tuple[float, float, float]:
+            await _first_deltas(reader, 1)
+            before = await self._connections()
+            first_s, cpu = await _first_deltas(reader, self._requests)
+            opened = await self._connections() - before
+            return first_s, cpu, len(opened) / self._requests
+
+        await self.control("reset", {})
+        found = await self.rounds_of("first delta", measure, readers)
         firsts = [Pair(pipe[0], bare[0]) for pipe, bare in found]
         cpus = [Pair(pipe[1], bare[1]) for pipe, bare in found]
         return [
             compare("time to first delta, warm", "ms", firsts, 3.0, scale=1e3),
             compare("CPU per short request", "ms", cpus, 4.0, scale=1e3),
+            Figure("new connections per request", max(pipe[2] for pipe, _ in found), "", limit=0.05),
         ]
+
+    async def _connections(self) -> set[int]:
+        records = (await self.control("requests"))["requests"]
+        return {record["connection"] for record in records}
 
 
 # The first request of a process: `python -m tests.bench.streaming bare|chat|menu BASE_URL`
 
 
-async def first_request(who: str, base_url: str) -> float:
-    """Seconds from the first request of this process to its first delta; `menu`: after the model list."""
+async def first_request(who: str, base_url: str) -> tuple[float, float]:
+    """Seconds from the first request of this process to its first delta, and the longest stall in it.
+
+    `menu`: after the model list.
+    """
     loaded = installed(base_url)
     reader = BareReader(base_url) if who == "bare" else PipeReader(loaded)
     await asyncio.sleep(0)
     if who == "menu":
         await loaded.pipe.pipes()
     gc.collect()
-    started = time.perf_counter()
     meter = _First()
-    await reader.read(SHORT, meter)
+    async with Ticker() as ticker:
+        started = time.perf_counter()
+        await reader.read(SHORT, meter)
     await reader.aclose()
-    return meter.first_s - started
+    return meter.first_s - started, ticker.worst_s
 
 
-def _in_fresh_process(who: str, base_url: str) -> float:
+def _in_fresh_process(who: str, base_url: str) -> tuple[float, float]:
     command = [sys.executable, "-m", "tests.bench.streaming", who, base_url]
     return json.loads(subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout)
 
 
 def first_request_figures(base_url: str, rounds: int, say: Callable[[str], None]) -> list[Figure]:
     """The first request after a fresh start, with and without the model list before it."""
-    found: list[dict[str, float]] = []
+    found: list[dict[str, tuple[float, float]]] = []
     for number in range(rounds):
         say(f"first request of a process: round {number + 1} of {rounds}")
         found.append({who: _in_fresh_process(who, base_url) for who in ("bare", "chat", "menu")})
     names = {"menu": "the model list was read before", "chat": "nothing was read before"}
     rows: list[Figure] = []
     for who, name in names.items():
-        value = median(times[who] for times in found) * 1e3
+        value = median(times[who][0] for times in found) * 1e3
         rows.append(Figure(f"first request after a start, {name}", value, "ms", limit=10))
-    bare = median(times["bare"] for times in found) * 1e3
-    return [*rows, Figure("first request of the bare reader (for comparison)", bare, "ms")]
+    bare = median(times["bare"][0] for times in found) * 1e3
+    stall = median(max(times[who][1] for who in names) for times in found) * 1e3
+    return [
+        *rows,
+        Figure("first request of the bare reader (for comparison)", bare, "ms"),
+        Figure("event loop stalled by the first request after a start", stall, "ms", limit=50),
+    ]
 
 
 if __name__ == "__main__":
