@@ -222,3 +222,11 @@ def test_pending_names_are_really_missing(source: Source) -> None:
     assert not [name for name in PENDING if name in homes], "done: take them out of PENDING"
     given = {name for names in GIVEN_NAMES.values() for name in names.split()}
     assert given >= PENDING
+
+
+def test_the_errors_page_has_every_kind() -> None:
+    rows = _rows(DOCS / "errors_and_user_messages.md")
+    for kind, (happened, advice) in module._ADVICE.items():
+        words = happened or "(the words say it)"
+        group = module._TEMPLATE_CLASSES.get(kind)
+        assert f"| `{kind}` | {words} | {advice} | {f'`{group}`' if group else ''} |" in rows
