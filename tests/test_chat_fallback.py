@@ -357,6 +357,17 @@ async def test_an_answer_ends_although_the_connection_does_not(
     await simulator.wait_until(lambda sim: sim.open == 0, timeout=SOON_S)
 
 
+async def test_an_answer_without_usage_ends_with_the_connection(
+    engine: StreamingEngine, simulator: Simulator
+) -> None:
+    simulator.next("replay", body=as_stream(TEXT, STOP))
+    kept = await run(engine, simulator.base_url, chat_request())
+    assert (kept.said().text, kept.said().ends) == ("t", [TurnEnded("completed")])
+    simulator.next("replay", body=as_stream(TEXT))
+    error, kept = await fail(engine, simulator.base_url, chat_request(), POLICY)
+    assert (kept.said().text, error.template) == ("t", "broken")
+
+
 async def test_a_connection_is_used_again(engine: StreamingEngine, simulator: Simulator) -> None:
     for scenario in ("plain", "reasoning", "incomplete", "burst", "plain"):
         simulator.next(scenario)
@@ -1527,6 +1538,15 @@ def test_models_that_the_valve_names(globs: str, forced: bool) -> None:
     assert ("messages" in request.body) is forced
 
 
+def test_letter_case_does_not_matter() -> None:
+    request = request_for(
+        chat(HELLO) | {"model": "openrouter.Acme/Big-1"},
+        ModelSpec("Acme/Big-1", "Big"),
+        FORCE_CHAT_COMPLETIONS_MODELS="acme/*",
+    )
+    assert (request.api, request.body["model"]) == (CHAT, "Acme/Big-1")
+
+
 @pytest.mark.parametrize(
     ("globs", "path"), [("openai/*", "/chat/completions"), ("anthropic/*", "/responses"), ("", "/responses")]
 )
@@ -1609,6 +1629,15 @@ async def test_no_second_request_where_nothing_would_change(
     simulator.next("http_error", name=name, times=math.inf)
     await fail(engine, simulator.base_url, request_, POLICY)
     assert asked(simulator) == [request_.api.path]
+
+
+async def test_only_a_bad_request_is_repaired(engine: StreamingEngine) -> None:
+    refusal = b'{"error":{"code":403,"message":"Invalid `signature` of the webhook"}}'
+    server = OneEndpoint(403, refusal, "application/json")
+    async with hostile(server) as url:
+        error, _ = await fail(engine, url, with_thoughts(THOUGHT), POLICY)
+    assert error.status == 403
+    assert [path for path, _ in server.asked] == ["/responses"]
 
 
 async def test_tries_go_on_after_the_repair(
