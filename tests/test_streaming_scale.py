@@ -1,4 +1,4 @@
-"""Answers of a size that few have: complete, in order and in bounded memory, over a socket, whoever reads how slowly.
+"""Answers of a size that few have: complete, in order, in bounded memory, however slowly they are read.
 
 What it costs is measured by `make bench`; here only what arrives counts.
 """

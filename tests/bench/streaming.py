@@ -79,7 +79,9 @@ class BareReader:
 
     def __init__(self, base_url: str) -> None:
         self._url = f"{base_url}/responses"
-        self._session = aiohttp.ClientSession(headers={"Authorization": "Bearer sk-bench"})
+        connector = aiohttp.TCPConnector(limit=0)  # else the streams after the hundredth would wait
+        headers = {"Authorization": "Bearer sk-bench"}
+        self._session = aiohttp.ClientSession(headers=headers, connector=connector)
 
     async def read(self, prompt: str, meter: Meter) -> None:
         """Stream one answer."""
