@@ -89,6 +89,10 @@ try:
     from open_webui.env import VERSION as _HOST_VERSION  # pyright: ignore[reportMissingImports]  # host only
 except ImportError:  # the terminal, or a test without the host
     _HOST_VERSION = None
+try:
+    from starlette.responses import StreamingResponse  # pyright: ignore[reportMissingImports]  # host only
+except ImportError:
+    StreamingResponse = None
 
 # Limits and sizes
 _CATALOG_REFRESH_S: Final = 3600.0
@@ -1162,6 +1166,16 @@ class OpenWebUIHost:
     def __init__(self, version: str | None = _HOST_VERSION) -> None:
         self.version = version
 
+    def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
+        """A stream for an API client, sent as it is.
+
+        What a pipe yields one by one the host ends with a chunk of its own, whose `finish_reason`
+        says `stop` whatever ours said; clients keep the last. Without a host: `chunks` themselves.
+        """
+        if self.version is None or StreamingResponse is None:
+            return chunks
+        return StreamingResponse(_as_sse(chunks), media_type="text/event-stream")
+
     def check_version(self) -> None:
         """Refuse a host that would show or save nothing.
 
@@ -1176,6 +1190,13 @@ class OpenWebUIHost:
             raise ConfigurationError(
                 f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
             )
+
+
+async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[bytes, None]:
+    async with contextlib.aclosing(chunks):
+        async for chunk in chunks:
+            yield b"data: " + _json_dumps(chunk) + b"\n\n"
+        yield b"data: [DONE]\n\n"
 
 
 # ── 8. Model registry ────────────────────────────────────────────────────────
@@ -4107,7 +4128,8 @@ class Runtime:
         self._client = OpenRouterClient()
         self._registry = OpenRouterModelRegistry(self._fetch_catalog, clock)
         engine = StreamingEngine(self._client, sleep)
-        self._turns = TurnLoop(self._registry, engine, OpenWebUIHost(), env, clock)
+        self.host = OpenWebUIHost()
+        self._turns = TurnLoop(self._registry, engine, self.host, env, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -4288,8 +4310,10 @@ class Pipe:
         request = _capture(body, __user__, __metadata__, __event_emitter__, __task__)
         runtime = self._started(str(body.get("model") or ""))
         job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
-        if request.dialect in ("browser", "api_stream"):
+        if request.dialect == "browser":
             return runtime.stream(job)
+        if request.dialect == "api_stream":
+            return runtime.host.sse_response(runtime.stream(job))
         return await runtime.collect(job)
 
     async def __call__(

@@ -37,11 +37,17 @@ def test_stream(host: Host, upstream: Upstream) -> None:
     assert text in joined(chunks, "content")
     assert "The user says" in joined(chunks, "reasoning_content")
     reasons = [choice.get("finish_reason") for chunk in chunks for choice in chunk.get("choices") or []]
-    assert "stop" in reasons
-    assert set(reasons) == {None, "stop"}
+    assert [reason for reason in reasons if reason] == ["stop"]
     (usage,) = [chunk["usage"] for chunk in chunks if chunk.get("usage")]
     assert usage["total_tokens"] == upstream.usage(upstream.last(text))["total_tokens"]
     assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+
+
+def test_stream_that_is_cut_short_says_so(host: Host) -> None:
+    """OpenAI's clients keep the last `finish_reason`: nothing may come after ours."""
+    chunks = stream(host.admin, "[[incomplete]]")
+    reasons = [choice.get("finish_reason") for chunk in chunks for choice in chunk.get("choices") or []]
+    assert [reason for reason in reasons if reason] == ["length"]
 
 
 def test_stream_comes_in_deltas(host: Host) -> None:
