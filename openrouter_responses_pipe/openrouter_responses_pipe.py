@@ -1731,6 +1731,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
         if add is not None:
             add(messages, item)
     body: JSONObject = {"model": payload["model"], "messages": messages, "stream": True}
+    body["stream_options"] = {"include_usage": True}  # OpenRouter needs no asking, proxies do
     body |= {name: payload[name] for name in (*_SHARED_PARAMETERS, "parallel_tool_calls") if name in payload}
     body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
     if "max_output_tokens" in payload:
@@ -3794,7 +3795,7 @@ class StreamingEngine:
         try:
             await self._try(connection, request, call, policy)
         except OpenRouterAPIError as error:
-            repaired = None if call.shown else _repair(request, error)
+            repaired = _repair(request, error)  # such an error comes before the stream: nothing was shown
             if repaired is None:
                 raise
             LOGGER.info("trying %s once more, changed, because: %s", repaired.api.path, error.detail[:200])
@@ -3843,11 +3844,14 @@ class StreamingEngine:
     async def _consume_sse(self, reads: _Reads, call: _UpstreamCall, group: asyncio.TaskGroup) -> None:
         decoder, queues = SSEDecoder(), _ChunkQueues(call.limits)
         async for chunk in reads:
-            await self._pass_on(decoder.feed(chunk), queues, call, group)
+            frames = decoder.feed(chunk)
+            await self._pass_on(frames, queues, call, group)
             if call.state.ended:
                 await queues.finish()
                 await _drain(reads)
                 return
+            if frames and frames[-1].data == b"[DONE]":
+                break  # some proxies keep the connection open after it
         await self._pass_on(decoder.close(), queues, call, group)
         await queues.finish()
         await call.close()
@@ -3916,9 +3920,7 @@ _REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content"
 
 
 def _for_chat(request: UpstreamRequest) -> UpstreamRequest | None:
-    if request.api is CHAT or request.chat_body is None:
-        return None
-    return UpstreamRequest(request.chat_body(), CHAT)
+    return None if request.chat_body is None else UpstreamRequest(request.chat_body(), CHAT)
 
 
 def _for_stranger(request: UpstreamRequest) -> UpstreamRequest | None:

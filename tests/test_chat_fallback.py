@@ -1160,13 +1160,16 @@ MESSAGES: Final[dict[str, tuple[list[Json], list[Json]]]] = {
 }
 
 
+STREAMED: Final[Json] = {"stream": True, "stream_options": {"include_usage": True}}
+
+
 @pytest.mark.parametrize("case", sorted(MESSAGES))
 def test_messages(case: str) -> None:
     given_messages, expected = MESSAGES[case]
     assert chat_body(chat(*given_messages), SEEING) == {
         "model": "a/eyes",
         "messages": expected,
-        "stream": True,
+        **STREAMED,
     }
 
 
@@ -1210,13 +1213,13 @@ PARAMETERS: Final[list[tuple[Json, Json]]] = [
 @pytest.mark.parametrize(("parameters", "expected"), PARAMETERS)
 def test_parameters(parameters: Json, expected: Json) -> None:
     found = chat_body(chat(HELLO, **parameters))
-    assert found == {"model": PLAIN.id, "messages": [HELLO], "stream": True} | expected
+    assert found == {"model": PLAIN.id, "messages": [HELLO], **STREAMED} | expected
 
 
 def test_what_only_responses_knows_is_not_sent() -> None:
     payload = translate(chat(HELLO), THINKING).payload
     assert {"input", "store", "include"} < set(payload)
-    assert set(chat_body(chat(HELLO), THINKING)) == {"model", "messages", "stream"}
+    assert set(chat_body(chat(HELLO), THINKING)) == {"model", "messages", "stream", "stream_options"}
 
 
 def test_effort() -> None:
@@ -1677,3 +1680,36 @@ def test_every_key_of_a_delta_has_a_row() -> None:
     rows = [line for line in STREAMING_PAGE.read_text("utf-8").splitlines() if line.startswith("| `")]
     named = {name for line in rows for name in re.findall(r"`(\w+)`", line.split("|")[1])}
     assert set(_CHAT_REDUCERS) <= named
+
+
+@pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"])
+async def test_done_ends_a_stream_whose_connection_stays_open(done: bytes) -> None:
+    """A proxy that sends no usage, and keeps the connection: what came is the answer."""
+    body = b"".join(
+        b"data: " + json.dumps(chunk).encode() + b"\n\n"
+        for chunk in (
+            {"choices": [{"index": 0, "delta": {"content": "fine"}}]},
+            {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]},
+        )
+    )
+    kept: list[Emission] = []
+
+    async def sink(emissions: Sequence[Emission]) -> None:
+        kept.extend(emissions)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n" + body + done)
+        await reader.read(-1)  # until the client has closed
+        writer.close()
+
+    async with hostile(answer) as url:
+        client = OpenRouterClient()
+        try:
+            request = UpstreamRequest({"model": PLAIN.id, "messages": [HELLO], "stream": True}, CHAT)
+            async with asyncio.timeout(PATIENCE_S):
+                await StreamingEngine(client).stream(connection_to(url), request, sink, RetryPolicy(0))
+        finally:
+            await client.aclose()
+    assert [emission.text for emission in kept if isinstance(emission, TextDelta)] == ["fine"]
+    assert isinstance(kept[-1], TurnEnded)
