@@ -77,7 +77,7 @@ class ScaleBench(Rounds):
         ]
 
     async def _crowd(self, readers: Readers) -> list[Figure]:
-        tokens = TOKENS_PER_SECOND * (2 if self._quick else 4)
+        tokens = TOKENS_PER_SECOND * (3 if self._quick else 8)
         name = f"{STREAMS} streams at {TOKENS_PER_SECOND} tokens/s"
         found = await self.rounds_of(name, lambda reader: _crowd(reader, tokens), readers)
         added = median(pipe.p99_s - bare.p99_s for pipe, bare in found) * 1e3
