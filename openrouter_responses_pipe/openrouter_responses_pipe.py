@@ -1836,6 +1836,8 @@ class SSEDecoder:
         Raises:
             StreamError: a frame is larger than `max_frame_bytes`.
         """
+        if self._is_one_frame(chunk):
+            return [_new_tuple(SSEFrame, (chunk[6:-2],))]
         if self._skip_lf and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._skip_lf = False
@@ -1858,6 +1860,17 @@ class SSEDecoder:
         self._size = sum(map(len, self._data))
         self._keep(chunk[end:])
         return frames
+
+    def _is_one_frame(self, chunk: bytes) -> bool:
+        """Whether the read is one whole frame of one line, as nearly every read of a slow stream is."""
+        return (
+            chunk.startswith(b"data: ")
+            and chunk.find(b"\n") == len(chunk) - 2
+            and chunk.endswith(b"\n\n")
+            and not (self._size or self._first_line or self._skip_lf)
+            and b"\r" not in chunk
+            and len(chunk) <= self._max_frame_bytes
+        )
 
     def close(self) -> list[SSEFrame]:
         """The stream has ended: return the frame that was still open, if there is one."""
@@ -1998,8 +2011,11 @@ def reduce_event(state: StreamState, event: StreamEvent) -> list[Emission]:
 
 def reduce_events(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
     """`reduce_event` over what arrived together; deltas of one part that follow each other are one."""
+    joined = _join_runs(events)
+    if len(joined) == 1:
+        return reduce_event(state, joined[0])
     emissions: list[Emission] = []
-    for event in _join_runs(events):
+    for event in joined:
         emissions += reduce_event(state, event)
     return emissions
 
@@ -2911,7 +2927,9 @@ class DeltaBuffer:
         self._pieces.clear()
         self._size = 0
         self._half = ""
-        if not final and text and "\ud800" <= text[-1] <= "\udbff":
+        if text.isascii():
+            return text
+        if not final and "\ud800" <= text[-1] <= "\udbff":
             self._half, text = text[-1], text[:-1]
         return _whole_text(text)
 
@@ -2943,7 +2961,7 @@ class Outlet:
         self._result: JSONObject | None = None
         self._finished = False
         self.full = False  # more waits than should
-        self._arrived = asyncio.Event()
+        self._waiter: asyncio.Future[None] | None = None  # the reader, while there is nothing for it
         self._room = asyncio.Event()
 
     def put(self, entry: Entry) -> None:
@@ -2955,7 +2973,8 @@ class Outlet:
             if isinstance(last, _Run):
                 last.closed = True
             self._entries.append(entry)
-        self._arrived.set()
+        if self._waiter is not None:
+            self._wake()
         if self._waiting_chars > _OUTLET_MAX_CHARS or len(self._entries) > _OUTLET_MAX_ENTRIES:
             self.full = True
             self._room.clear()
@@ -2983,35 +3002,50 @@ class Outlet:
         self._result = result
         if self._entries and isinstance(self._entries[-1], _Run):
             self._entries[-1].closed = True
-        self._arrived.set()
+        self._wake()
         self._open_room()
 
-    async def chunks(self) -> AsyncGenerator[JSONObject, None]:
-        """Give everything that was put, in order, until `finish`."""
-        while True:
-            self._arrived.clear()
-            chunk, wait_s = self._take()
-            if chunk is not None:
-                yield chunk
-            elif self._finished and not self._entries:
-                return
-            elif wait_s != 0.0:
-                await self._wait(wait_s)
+    async def chunks(
+        self, run: Callable[[], asyncio.Task[None]] | None = None
+    ) -> AsyncGenerator[JSONObject, None]:
+        """Give everything that was put, in order, until `finish`; `run` starts what puts it.
+
+        Whoever stops reading ends it at once: nothing is awaited on the way out, because for an API
+        client that went away every await raises again.
+        """
+        task = run() if run is not None else None
+        try:
+            while True:
+                chunk, wait_s = self._take()
+                if chunk is not None:
+                    yield chunk
+                elif self._finished and not self._entries:
+                    return
+                elif wait_s != 0.0:
+                    await self._arrival(wait_s)
+        finally:
+            if task is not None:
+                task.cancel()
 
     async def result(self) -> JSONObject:
         """The whole answer, once it is there."""
         while not self._finished:
-            self._arrived.clear()
-            await self._arrived.wait()
+            await self._arrival(None)
         return self._result or {}
 
-    async def _wait(self, seconds: float | None) -> None:
-        if seconds is None:
-            await self._arrived.wait()
-            return
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._arrived.wait()
+    def _arrival(self, seconds: float | None) -> asyncio.Future[None]:
+        """Done when something was put, or after `seconds`; a bare future, because it is made per delta."""
+        loop = asyncio.get_running_loop()
+        waiter = self._waiter = loop.create_future()
+        if seconds is not None:
+            timer = loop.call_later(seconds, self._wake)
+            waiter.add_done_callback(lambda _: timer.cancel())
+        return waiter
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def _take(self) -> tuple[JSONObject | None, float | None]:
         """(the next chunk or None, seconds to wait for one: 0 = look again, None = for a signal)."""
@@ -3022,11 +3056,12 @@ class Outlet:
             self._entries.popleft()
             self._make_room()
             return entry, 0.0
-        due = entry.buffer.due(self._clock())
-        if not entry.closed and due is None:
-            return None, None
-        if not entry.closed and due and self._shown:
-            return None, due
+        if not entry.closed:
+            if not entry.waiting:
+                return None, None
+            due = entry.buffer.due(self._clock()) if self._shown and self._limits[1] else None
+            if due:
+                return None, due
         text = entry.buffer.flush(final=entry.closed)
         self._waiting_chars -= entry.waiting
         entry.waiting = 0
@@ -3127,7 +3162,8 @@ class _BrowserWriter(_Writer):
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
         item, entries = self._start(delta.item, "message")
         item.pieces.append(delta.text)
-        return [*entries, Piece(item.build, delta.text)]
+        entries.append(Piece(item.build, delta.text))
+        return entries
 
     def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
         item, entries = self._start(delta.item, "reasoning")
@@ -3958,7 +3994,9 @@ class _UpstreamCall:
 
     async def hand_over(self, emissions: list[Emission]) -> None:
         """Give the sink everything before a failure, then raise the failure."""
-        failed = emissions[-1] if emissions and isinstance(emissions[-1], Failed) else None
+        if not emissions:
+            return
+        failed = emissions[-1] if isinstance(emissions[-1], Failed) else None
         good = emissions[:-1] if failed is not None else emissions
         if good:
             self.shown = self.shown or any(isinstance(emission, _VISIBLE) for emission in good)
@@ -4169,15 +4207,9 @@ class Runtime:
         emitter = Emitter(writer, outlet, emit, self._clock, page)
         return _PipeJob(request, valves, emitter, outlet, request_id)
 
-    async def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
+    def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
         """The chunks of a job, which starts when the first is asked for."""
-        task = self._submit(job)
-        try:
-            async for chunk in job.outlet.chunks():
-                yield chunk
-        finally:
-            # Nothing is awaited here: for an API client that went away every await raises again.
-            task.cancel()
+        return job.outlet.chunks(functools.partial(self._submit, job))
 
     async def collect(self, job: _PipeJob) -> JSONObject:
         """The whole answer of a job."""
