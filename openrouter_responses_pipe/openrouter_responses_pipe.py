@@ -2682,24 +2682,50 @@ def _request_data(payload: JSONObject) -> bytes | io.BytesIO:
 
 
 class _Reads:
-    """The body of a response, read by read; not a generator, because those outlive a `break`."""
+    """The body of a response, read by read; not a generator, because those outlive a `break`.
 
-    __slots__ = ("_content",)
+    With `idle_s` a read that gives nothing for so many seconds fails. aiohttp's own `sock_read` makes
+    and cancels a timer for every read, a tenth of what a delta costs; this one timer only looks, now
+    and then, how long somebody has been waiting. While nobody reads, nothing is late.
+    """
 
-    def __init__(self, response: aiohttp.ClientResponse) -> None:
+    __slots__ = ("_content", "_idle_s", "_loop", "_timer", "_waiting_since")
+
+    def __init__(self, response: aiohttp.ClientResponse, idle_s: float | None = None) -> None:
         self._content = response.content
+        self._loop = asyncio.get_running_loop()
+        self._waiting_since: float | None = None
+        self._idle_s = idle_s or 0.0
+        self._timer = self._loop.call_later(idle_s, self._look) if idle_s else None
+        if idle_s and response.connection is not None and response.connection.protocol is not None:
+            response.connection.protocol.read_timeout = None
 
     def __aiter__(self) -> _Reads:
         return self
 
     async def __anext__(self) -> bytes:
+        self._waiting_since = self._loop.time()
         try:
             chunk = await self._content.readany()
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
             raise _network_error(exc) from exc
+        self._waiting_since = None
         if not chunk:
             raise StopAsyncIteration
         return chunk
+
+    def _look(self) -> None:
+        since = self._waiting_since
+        left_s = self._idle_s if since is None else since + self._idle_s - self._loop.time()
+        if left_s > 0:
+            self._timer = self._loop.call_later(left_s, self._look)
+        else:
+            self._content.set_exception(TimeoutError())
+
+    def close(self) -> None:
+        """Look no more."""
+        if self._timer is not None:
+            self._timer.cancel()
 
 
 class OpenRouterClient:
@@ -2742,7 +2768,8 @@ class OpenRouterClient:
             if response.content_type == "text/html":
                 words = "The address in BASE_URL answers with a web page; an administrator has to correct it"
                 raise OpenRouterAPIError(words, template="configuration")
-            yield _Reads(response)
+            with contextlib.closing(_Reads(response, connection.idle_timeout_s)) as reads:
+                yield reads
 
     async def aclose(self) -> None:
         """Close the session and its sockets, for good."""
