@@ -3159,7 +3159,7 @@ class _BrowserWriter(_Writer):
         self._next_index = 0
         self._calls: list[ToolRequested] = []
         self._call_ids: set[str] = set()
-        self._usage: UsageStats | None = None
+        self._usage: JSONObject | None = None
 
     def _start(self, number: int, kind: str) -> tuple[_OpenItem, list[Entry]]:
         item = self._open.get(number)
@@ -3210,7 +3210,8 @@ class _BrowserWriter(_Writer):
         return []
 
     def _keep_usage(self, reported: UsageReported) -> list[Entry]:
-        self._usage = reported.usage
+        # A try that failed after it had cost something adds to the one that was repeated for it.
+        self._usage = _merge_usage_stats(self._usage or {}, reported.usage)
         return []
 
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
@@ -3861,7 +3862,7 @@ class StreamingEngine:
             repaired = _repair(request, error)  # such an error comes before the stream: nothing was shown
             if repaired is None:
                 raise
-            LOGGER.info("trying %s once more, changed, because: %s", repaired.api.path, error.detail[:200])
+            LOGGER.info("%s: once more, changed, because %s", repaired.api.path, error.code or error.template)
             await self._try(connection, repaired, call, policy)
 
     async def _try(

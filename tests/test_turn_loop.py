@@ -437,3 +437,21 @@ async def test_a_person_sees_every_try(runtime: Runtime, simulator: Simulator) -
         answer.add(chunk)
     assert (answer.text, answer.error) == ("third time lucky", "")
     assert [status for status in events.statuses() if "again in 5 s" in status] == events.statuses()[:2]
+
+
+async def test_what_a_failed_try_cost_is_added(pipe: Pipe, simulator: Simulator) -> None:
+    """`response.failed` may carry usage; where the request is then sent again, both were paid."""
+    pipe.valves = pipe.valves.model_copy(update={"RETRY_ATTEMPTS": 1})
+    spent = {"input_tokens": 3, "output_tokens": 4, "total_tokens": 7, "cost": 0.5}
+    failed = {
+        "status": "failed",
+        "usage": spent,
+        "error_type": "provider_overloaded",
+        "error": {"code": "server_error"},
+    }
+    frame = b"data: " + json.dumps({"type": "response.failed", "response": failed}).encode() + b"\n\n"
+    simulator.next("replay", body=frame.decode())
+    answer = await ask(pipe, "[[plain text=fine]]")
+    assert (answer.text, answer.error) == ("fine", "")
+    assert answer.usage is not None
+    assert answer.usage["cost"] > 0.5
