@@ -693,6 +693,11 @@ def _strings(value: Any) -> frozenset[str]:
     return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
 
 
+def _objects(value: Any) -> list[Mapping[str, Any]]:
+    """The objects of a list; nothing for anything else."""
+    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+
+
 def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
     message = str(error.get("message") or "")
@@ -847,6 +852,16 @@ def _header_value(text: str) -> str:
 def _new_item_id(kind: str) -> str:
     """A fresh id for an item that the host keeps: `msg_…`, `rs_…`, `fc_…`."""
     return f"{kind}_{secrets.token_hex(12)}"
+
+
+def _unique_id(wanted: str, used: set[str]) -> str:
+    """`wanted`, or with the first number behind it that makes it new; the result is added to `used`."""
+    name, count = wanted, 1
+    while name in used:
+        count += 1
+        name = f"{wanted}_{count}"
+    used.add(name)
+    return name
 
 
 def _matches_any(text: str, globs: str) -> bool:
@@ -1306,8 +1321,7 @@ class OpenRouterModelRegistry:
         try:
             async with asyncio.timeout(_CATALOG_TIMEOUT_S):
                 answer = _mapping(await self._fetch(connection))
-            entries = answer.get("data")
-            specs = [_model_spec(_mapping(entry)) for entry in entries] if isinstance(entries, list) else []
+            specs = [_model_spec(entry) for entry in _objects(answer.get("data"))]
             models = {spec.id: spec for spec in specs if spec is not None}
             if not models:
                 raise OpenRouterAPIError(
@@ -1449,12 +1463,7 @@ class _History:
 
     def unique_call_id(self, call_id: str) -> str:
         """`call_id`, renamed if an earlier call of the history has it."""
-        name, count = call_id, 1
-        while name in self._used_ids:
-            count += 1
-            name = f"{call_id}_{count}"
-        self._used_ids.add(name)
-        return name
+        return _unique_id(call_id, self._used_ids)
 
 
 def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: ModelSpec) -> _History:
@@ -2220,9 +2229,8 @@ _PARTS: Final[dict[str, tuple[str, str]]] = {
 def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, Any]) -> list[Emission]:
     name, key = _PARTS.get(str(part.get("type")), ("", ""))
     emissions = _fill(item, name, number, part.get(key)) if name else []
-    annotations = part.get("annotations")
-    for annotation in annotations if isinstance(annotations, list) else []:
-        emissions += _cite(state, _mapping(annotation))
+    for annotation in _objects(part.get("annotations")):
+        emissions += _cite(state, annotation)
     return emissions
 
 
@@ -2478,12 +2486,15 @@ _REDUCERS: Final[dict[str, Reducer]] = {
 
 # Chunks of /chat/completions (reference §13), with the same emissions
 
-_CHAT_TO_RESPONSES_USAGE: Final[dict[str, str]] = {
-    "prompt_tokens": "input_tokens",
-    "completion_tokens": "output_tokens",
-    "prompt_tokens_details": "input_tokens_details",
-    "completion_tokens_details": "output_tokens_details",
-}
+# our names of usage, which are those of /responses, and chat's
+_USAGE_NAMES: Final = (
+    ("input_tokens", "prompt_tokens"),
+    ("output_tokens", "completion_tokens"),
+    ("input_tokens_details", "prompt_tokens_details"),
+    ("output_tokens_details", "completion_tokens_details"),
+)
+_CHAT_USAGE: Final = dict(_USAGE_NAMES)
+_USAGE_FROM_CHAT: Final = {chat: ours for ours, chat in _USAGE_NAMES}
 
 
 def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
@@ -2513,7 +2524,7 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
     state.finish = str(choice.get("finish_reason") or state.finish)
     usage = chunk.get("usage")
     if isinstance(usage, dict):
-        named = {_CHAT_TO_RESPONSES_USAGE.get(name, name): value for name, value in usage.items()}
+        named = {_USAGE_FROM_CHAT.get(name, name): value for name, value in usage.items()}
         state.usage = cast(UsageStats, named)
     if chunk.get("error"):
         spent: list[Emission] = [UsageReported(state.usage)] if state.usage is not None else []
@@ -2577,11 +2588,6 @@ def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> 
         if not delta.get("reasoning"):
             emissions += _grow(item, "reasoning", 0, text)
     return emissions
-
-
-def _objects(value: Any) -> list[Mapping[str, Any]]:
-    """The objects of a list; nothing for anything else."""
-    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
 
 
 _DETAIL_TEXTS: Final = ("text", "summary", "data")
@@ -3232,11 +3238,7 @@ class _BrowserWriter(_Writer):
         return entries
 
     def _call_events(self, call: ToolCall) -> list[Entry]:
-        call_id, count = call.call_id, 1
-        while call_id in self._call_ids:
-            count += 1
-            call_id = f"{call.call_id}_{count}"
-        self._call_ids.add(call_id)
+        call_id = _unique_id(call.call_id, self._call_ids)
         function = call.function()
         item = {"type": "function_call", "id": _new_item_id("fc"), "call_id": call_id, **function}
         index = self._next_index
@@ -3491,17 +3493,9 @@ def _finish_reason(ended: TurnEnded, has_calls: bool) -> str:
     return "tool_calls" if has_calls else "stop"
 
 
-_CHAT_USAGE_NAMES: Final[dict[str, str]] = {
-    "input_tokens": "prompt_tokens",
-    "output_tokens": "completion_tokens",
-    "input_tokens_details": "prompt_tokens_details",
-    "output_tokens_details": "completion_tokens_details",
-}
-
-
 def _chat_usage(usage: Mapping[str, Any]) -> JSONObject:
     """Usage under the names of `/chat/completions` (reference §8)."""
-    return {_CHAT_USAGE_NAMES.get(name, name): value for name, value in usage.items()}
+    return {_CHAT_USAGE.get(name, name): value for name, value in usage.items()}
 
 
 def _api_error_object(error: PipeError) -> JSONObject:
