@@ -47,6 +47,7 @@ import fnmatch
 import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import math
@@ -59,7 +60,16 @@ import time
 import types
 import weakref
 from collections import deque
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Awaitable,
+    Callable,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, cast
 from urllib.parse import urlsplit
@@ -165,6 +175,10 @@ def _json_dumps(value: Any) -> bytes:
     return _whole_text(json.dumps(value, ensure_ascii=False, separators=(",", ":"))).encode()
 
 
+# What a named tuple's constructor calls, without the Python function around it: half the time.
+_new_tuple: Final = tuple.__new__
+
+
 def _whole_text(text: str) -> str:
     """Join split UTF-16 pairs in `text`; a surrogate without partner becomes U+FFFD."""
     try:
@@ -183,6 +197,8 @@ def _whole_text(text: str) -> str:
 # the file pays it), a third of the time to make (every token pays it).
 
 JSONObject = dict[str, Any]
+SSEFrame = bytes  # the data of one event of an SSE stream, its lines joined
+StreamEvent = JSONObject  # a frame, decoded; its `type` says what it is
 Dialect = Literal["browser", "browser_json", "api_stream", "api_json", "task"]
 HostEventEmitter = Callable[[JSONObject], Awaitable[Any]]
 
@@ -212,19 +228,6 @@ class FunctionCall(TypedDict):
 
     name: str
     arguments: str
-
-
-class SSEFrame(NamedTuple):
-    """The data bytes of one server-sent event; lines joined by LF."""
-
-    data: bytes
-
-
-class StreamEvent(NamedTuple):
-    """One decoded event of `/responses`: its `type` and the whole object."""
-
-    type: str
-    payload: JSONObject
 
 
 class ToolCall(NamedTuple):
@@ -426,6 +429,17 @@ Emission = (
     | Failed
 )
 Sink = Callable[[Sequence[Emission]], Awaitable[None]]
+
+
+class _NothingToAwait:
+    """What a sink returns that is ready for more; a coroutine of its own would be made per delta."""
+
+    def __await__(self) -> Generator[None, None, None]:
+        return
+        yield
+
+
+_NOTHING_TO_AWAIT: Final = _NothingToAwait()
 
 
 # ── 3. Errors & templates ────────────────────────────────────────────────────
@@ -824,7 +838,7 @@ class EncryptedStr(str):
         if not text.startswith(_ENCRYPTED_PREFIX):
             return text
         try:
-            return Fernet(_fernet_key(secret)).decrypt(text[len(_ENCRYPTED_PREFIX) :].encode()).decode()
+            return _fernet_decrypt(text[len(_ENCRYPTED_PREFIX) :], secret)
         except (InvalidToken, ValueError):
             raise ConfigurationError(
                 "The stored API key can no longer be read: the server's secret key is another one now, "
@@ -838,6 +852,12 @@ class EncryptedStr(str):
     def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> core_schema.CoreSchema:
         """Validate as a string; the class is kept, the JSON schema says `string`."""
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+@functools.lru_cache(maxsize=256)
+def _fernet_decrypt(token: str, secret: str) -> str:
+    """Kept, because every request asks, and once costs as much as a tenth of a short request."""
+    return Fernet(_fernet_key(secret)).decrypt(token.encode()).decode()
 
 
 def _fernet_key(secret: str) -> bytes:
@@ -1821,10 +1841,6 @@ def _without_reasoning(payload: JSONObject) -> JSONObject | None:
 # Doc: docs/streaming_pipeline_and_emitters.md   Tests: tests/test_sse_decoder.py
 
 
-# What a named tuple's own constructor calls, without the Python function around it: half the time.
-_new_tuple: Final = tuple.__new__
-
-
 class SSEDecoder:
     """Collects the `data` lines of an event stream; every other field and comment is passed over.
 
@@ -1846,7 +1862,7 @@ class SSEDecoder:
             StreamError: a frame is larger than `max_frame_bytes`.
         """
         if self._is_one_frame(chunk):
-            return [_new_tuple(SSEFrame, (chunk[6:-2],))]
+            return [chunk[6:-2]]
         if self._skip_lf and chunk:
             chunk = chunk.removeprefix(b"\n")
             self._skip_lf = False
@@ -1862,6 +1878,9 @@ class SSEDecoder:
         if self._pieces:
             start = chunk.find(b"\n") + 1
             self._end_line(chunk[: start - 1], frames)
+        if self._data and chunk.startswith(b"\n", start):
+            self._take_lines((b"",), frames)
+            start += 1
         if start < end:
             self._take(chunk[start:end], frames)
         if self._size + end > self._max_frame_bytes:
@@ -1872,13 +1891,14 @@ class SSEDecoder:
 
     def _is_one_frame(self, chunk: bytes) -> bool:
         """Whether the read is one whole frame of one line, as nearly every read of a slow stream is."""
+        size = len(chunk)
         return (
-            chunk.startswith(b"data: ")
-            and chunk.find(b"\n") == len(chunk) - 2
+            not (self._size or self._first_line or self._skip_lf)
+            and chunk.find(b"\n") == size - 2
             and chunk.endswith(b"\n\n")
-            and not (self._size or self._first_line or self._skip_lf)
+            and chunk.startswith(b"data: ")
             and b"\r" not in chunk
-            and len(chunk) <= self._max_frame_bytes
+            and size <= self._max_frame_bytes
         )
 
     def close(self) -> list[SSEFrame]:
@@ -1896,7 +1916,7 @@ class SSEDecoder:
             raise self._too_large()
 
     def _check_sizes(self, frames: list[SSEFrame]) -> None:
-        if any(len(frame.data) > self._max_frame_bytes for frame in frames):
+        if any(len(frame) > self._max_frame_bytes for frame in frames):
             raise self._too_large()
 
     def _too_large(self) -> StreamError:
@@ -1924,11 +1944,13 @@ class SSEDecoder:
         """Add the frames that `text`, whole lines each with its end, completes."""
         blocks = self._without_mark(text).split(b"\n\n")
         last = blocks.pop()
+        if not self._data and text.count(b"\n") == 2 * len(blocks):
+            quick = [block[6:] for block in blocks if block.startswith(b"data: ")]
+            if len(quick) == len(blocks):  # one line each, as nearly all reads of a fast stream are
+                frames += quick
+                return
         for block in blocks:
-            if block.startswith(b"data: ") and b"\n" not in block and not self._data:
-                frames.append(_new_tuple(SSEFrame, (block[6:],)))  # nearly every frame
-            else:
-                self._take_lines((*block.split(b"\n"), b""), frames)
+            self._take_lines((*block.split(b"\n"), b""), frames)
         self._take_lines(last.split(b"\n")[:-1], frames)
 
     def _take_lines(self, lines: Iterable[bytes], frames: list[SSEFrame]) -> None:
@@ -1938,25 +1960,25 @@ class SSEDecoder:
             elif line == b"data":
                 self._data.append(b"")
             elif not line and self._data:
-                frames.append(SSEFrame(b"\n".join(self._data)))
+                frames.append(b"\n".join(self._data))
                 self._data.clear()
 
 
-def parse_frame(frame: SSEFrame) -> StreamEvent | None:
-    """Decode a frame. None for `[DONE]`, an empty frame, and data that is no JSON object."""
-    try:
-        payload = _json_loads(frame.data)
-    except ValueError:
-        return None
-    if not isinstance(payload, dict):
-        return None
-    kind = payload.get("type")
-    return _new_tuple(StreamEvent, (kind if isinstance(kind, str) else "", payload))
-
-
 def parse_frames(frames: Iterable[SSEFrame]) -> Iterator[StreamEvent]:
-    """The events of some frames, in order, each decoded when it is asked for; what is none is left out."""
-    return filter(None, map(parse_frame, frames))
+    """The events of some frames, in order, each decoded when it is asked for.
+
+    `[DONE]`, empty frames and data that is no JSON object are left out.
+    """
+    for frame in frames:
+        try:
+            event = _fast_loads(frame)
+        except ValueError:
+            try:
+                event = _slow_loads(frame)
+            except ValueError:
+                continue
+        if isinstance(event, dict):
+            yield event
 
 
 # ── 11. Event reducer ────────────────────────────────────────────────────────
@@ -2007,24 +2029,31 @@ def reduce_event(state: StreamState, event: StreamEvent) -> list[Emission]:
     """What one event means. Changes `state` only; nothing counts after the first terminal event."""
     if state.ended:
         return []
-    reducer = _REDUCERS.get(event.type)
+    kind = event.get("type")
+    if not isinstance(kind, str):
+        kind = ""
+    reducer = _REDUCERS.get(kind)
     if reducer is not None:
-        return reducer(state, event.payload)
-    if not event.type and "error" in event.payload:
-        return _on_error(state, event.payload)
-    if event.type.startswith("response.fusion_call."):
-        return _on_fusion(state, event.payload)
-    state.unknown[event.type] = state.unknown.get(event.type, 0) + 1
+        return reducer(state, event)
+    if not kind and "error" in event:
+        return _on_error(state, event)
+    if kind.startswith("response.fusion_call."):
+        return _on_fusion(state, event)
+    state.unknown[kind] = state.unknown.get(kind, 0) + 1
     return []
 
 
 def reduce_events(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
     """`reduce_event` over what arrived together; deltas of one part that follow each other are one."""
-    joined = _join_runs(events)
-    if len(joined) == 1:
-        return reduce_event(state, joined[0])
+    arrived = iter(events)
+    first = next(arrived, None)
+    if first is None:
+        return []
+    second = next(arrived, None)
+    if second is None:
+        return reduce_event(state, first)
     emissions: list[Emission] = []
-    for event in joined:
+    for event in _join_runs(itertools.chain((first, second), arrived)):
         emissions += reduce_event(state, event)
     return emissions
 
@@ -2040,32 +2069,31 @@ def close_stream(state: StreamState) -> list[Emission]:
 def _join_runs(events: Iterable[StreamEvent]) -> list[StreamEvent]:
     """Make one event of deltas that continue each other; this is the hot loop of a fast stream."""
     joined: list[StreamEvent] = []
-    run: StreamEvent | None = None
+    part: tuple[Any, ...] = ()  # what the newest text belongs to
     texts: list[str] = []
     for event in events:
-        delta = event.payload.get("delta")
-        if run is not None and isinstance(delta, str) and _continues(run, event):
+        get = event.get
+        delta = get("delta")
+        if not isinstance(delta, str):
+            _end_run(joined, texts)
+            texts = []
+            joined.append(event)
+            continue
+        place = get("type"), get("output_index"), get("item_id"), get("content_index"), get("summary_index")
+        if texts and place == part:
             texts.append(delta)
             continue
-        if len(texts) > 1 and run is not None:
-            joined[-1] = StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+        _end_run(joined, texts)
         joined.append(event)
-        run, texts = (event, [delta]) if isinstance(delta, str) else (None, [])
-    if len(texts) > 1 and run is not None:
-        joined[-1] = StreamEvent(run.type, {**run.payload, "delta": "".join(texts)})
+        part, texts = place, [delta]
+    _end_run(joined, texts)
     return joined
 
 
-def _continues(run: StreamEvent, event: StreamEvent) -> bool:
-    """Whether `event` is more text of the same part."""
-    first, second = run.payload.get, event.payload.get
-    return (
-        run.type == event.type
-        and first("output_index") == second("output_index")
-        and first("item_id") == second("item_id")
-        and first("content_index") == second("content_index")
-        and first("summary_index") == second("summary_index")
-    )
+def _end_run(joined: list[StreamEvent], texts: list[str]) -> None:
+    """The last event of `joined` gets all its text."""
+    if len(texts) > 1:
+        joined[-1] = {**joined[-1], "delta": "".join(texts)}
 
 
 # Items
@@ -2077,7 +2105,10 @@ def _find_item(state: StreamState, payload: JSONObject, kind: str) -> _Item:
     Some providers give every item the same id, others change the id between events: the place
     in the output is what can be trusted, the id only where there is no place.
     """
-    index, item_id = payload.get("output_index"), payload.get("item_id")
+    index = payload.get("output_index")
+    if isinstance(index, int) and index in state.by_index:
+        return state.by_index[index]
+    item_id = payload.get("item_id")
     known = _named_item(state, index, item_id, kind)
     return known or _add_item(state, {"type": kind, "id": item_id}, index)
 
@@ -2106,7 +2137,11 @@ def _grow(item: _Item, name: str, part: Any, text: Any) -> list[Emission]:
     if item.closed or not isinstance(text, str) or not text:
         return []
     part = part if isinstance(part, int) else 0
-    item.parts.setdefault((name, part), []).append(text)
+    place = name, part
+    if place in item.parts:
+        item.parts[place].append(text)
+    else:
+        item.parts[place] = [text]
     return [_DELTAS[name](item.number, text, part)]
 
 
@@ -2502,7 +2537,7 @@ def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> lis
     emissions: list[Emission] = []
     for event in events:
         if not state.ended:
-            emissions += _reduce_chat_chunk(state, event.payload)
+            emissions += _reduce_chat_chunk(state, event)
     return emissions
 
 
@@ -2935,8 +2970,8 @@ class DeltaBuffer:
         self._char_limit = char_limit
         self._idle_s = idle_s
         self._pieces: list[str] = []
-        self._size = 0
         self._since = 0.0
+        self.size = 0  # characters that wait
         self._half = ""  # the first half of a pair; its other half is on the way
 
     def push(self, text: str, now: float) -> None:
@@ -2944,13 +2979,13 @@ class DeltaBuffer:
         if not self._pieces:
             self._since = now
         self._pieces.append(text)
-        self._size += len(text)
+        self.size += len(text)
 
     def due(self, now: float) -> float | None:
         """Seconds until the text should leave; None while there is none."""
         if not self._pieces:
             return None
-        if self._size >= self._char_limit:
+        if self.size >= self._char_limit:
             return 0.0
         return max(0.0, self._since + self._idle_s - now)
 
@@ -2958,25 +2993,13 @@ class DeltaBuffer:
         """Take all that can leave. A split pair waits for its half, unless nothing can follow."""
         text = self._half + "".join(self._pieces)
         self._pieces.clear()
-        self._size = 0
+        self.size = 0
         self._half = ""
         if text.isascii():
             return text
         if not final and "\ud800" <= text[-1] <= "\udbff":
             self._half, text = text[-1], text[:-1]
         return _whole_text(text)
-
-
-class _Run:
-    """Pieces of one item that wait at the outlet. `closed`: something else came after them."""
-
-    __slots__ = ("buffer", "build", "closed", "waiting")
-
-    def __init__(self, build: Callable[[str], JSONObject], buffer: DeltaBuffer) -> None:
-        self.build = build
-        self.buffer = buffer
-        self.waiting = 0  # characters that no reader has taken
-        self.closed = False
 
 
 class Outlet:
@@ -2986,9 +3009,11 @@ class Outlet:
     """
 
     def __init__(self, limits: tuple[int, float], clock: Callable[[], float]) -> None:
-        self._limits = limits
         self._clock = clock
-        self._entries: deque[JSONObject | _Run] = deque()
+        self._holds_back = limits[1] > 0
+        self._entries: deque[tuple[JSONObject, int]] = deque()  # what is ready, with its characters
+        self._build: Callable[[str], JSONObject] | None = None  # whose text still grows, behind all entries
+        self._buffer = DeltaBuffer(*limits)
         self._waiting_chars = 0
         self._shown = False  # whether a first delta has left, which never waits
         self._result: JSONObject | None = None
@@ -2999,28 +3024,32 @@ class Outlet:
 
     def put(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
-        last = self._entries[-1] if self._entries else None
         if isinstance(entry, Piece):
-            self._put_piece(entry, last)
+            if entry.build is not self._build:
+                self._close_run()
+                self._build = entry.build
+            self._buffer.push(entry.text, self._clock() if self._holds_back else 0.0)
+            self._waiting_chars += len(entry.text)
         else:
-            if isinstance(last, _Run):
-                last.closed = True
-            self._entries.append(entry)
+            self._close_run()
+            self._entries.append((entry, 0))
         if self._waiter is not None:
             self._wake()
         if self._waiting_chars > _OUTLET_MAX_CHARS or len(self._entries) > _OUTLET_MAX_ENTRIES:
             self.full = True
             self._room.clear()
 
-    def _put_piece(self, piece: Piece, last: JSONObject | _Run | None) -> None:
-        if not isinstance(last, _Run) or last.build is not piece.build:
-            if isinstance(last, _Run):
-                last.closed = True
-            last = _Run(piece.build, DeltaBuffer(*self._limits))
-            self._entries.append(last)
-        last.buffer.push(piece.text, self._clock())
-        last.waiting += len(piece.text)
-        self._waiting_chars += len(piece.text)
+    def _close_run(self) -> None:
+        """Something else follows the text that was growing: it is ready as it is."""
+        build, self._build = self._build, None
+        if build is None:
+            return
+        chars = self._buffer.size
+        text = self._buffer.flush(final=True)
+        if text:
+            self._entries.append((build(text), chars))
+        else:
+            self._waiting_chars -= chars
 
     async def room(self) -> None:
         """Wait while too much waits for the reader."""
@@ -3033,8 +3062,7 @@ class Outlet:
             return
         self._finished = True
         self._result = result
-        if self._entries and isinstance(self._entries[-1], _Run):
-            self._entries[-1].closed = True
+        self._close_run()
         self._wake()
         self._open_room()
 
@@ -3068,10 +3096,9 @@ class Outlet:
 
     def _arrival(self, seconds: float | None) -> asyncio.Future[None]:
         """Done when something was put, or after `seconds`; a bare future, because it is made per delta."""
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
+        waiter = self._waiter = asyncio.Future()
         if seconds is not None:
-            timer = loop.call_later(seconds, self._wake)
+            timer = waiter.get_loop().call_later(seconds, self._wake)
             waiter.add_done_callback(lambda _: timer.cancel())
         return waiter
 
@@ -3082,31 +3109,23 @@ class Outlet:
 
     def _take(self) -> tuple[JSONObject | None, float | None]:
         """(the next chunk or None, seconds to wait for one: 0 = look again, None = for a signal)."""
-        if not self._entries:
+        if self._entries:
+            chunk, chars = self._entries.popleft()
+        elif self._build is None or not self._buffer.size:
             return None, None
-        entry = self._entries[0]
-        if not isinstance(entry, _Run):
-            self._entries.popleft()
-            self._make_room()
-            return entry, 0.0
-        if not entry.closed:
-            if not entry.waiting:
-                return None, None
-            due = entry.buffer.due(self._clock()) if self._shown and self._limits[1] else None
-            if due:
+        else:
+            if self._holds_back and self._shown and (due := self._buffer.due(self._clock())):
                 return None, due
-        text = entry.buffer.flush(final=entry.closed)
-        self._waiting_chars -= entry.waiting
-        entry.waiting = 0
-        self._shown = self._shown or bool(text)
-        if entry.closed:
-            self._entries.popleft()
-        self._make_room()
-        return (entry.build(text) if text else None), 0.0
+            chars = self._buffer.size
+            text = self._buffer.flush()
+            chunk = self._build(text) if text else None
+        self._shown = self._shown or chars > 0
+        self._waiting_chars -= chars
+        if self.full:
+            self._make_room()
+        return chunk, 0.0
 
     def _make_room(self) -> None:
-        if not self.full:
-            return
         if self._waiting_chars <= _OUTLET_MAX_CHARS // 2 and len(self._entries) <= _OUTLET_MAX_ENTRIES // 2:
             self._open_room()
 
@@ -3167,10 +3186,7 @@ class _BrowserWriter(_Writer):
         self._call_ids: set[str] = set()
         self._usage: JSONObject | None = None
 
-    def _start(self, number: int, kind: str) -> tuple[_OpenItem, list[Entry]]:
-        item = self._open.get(number)
-        if item is not None:
-            return item, []
+    def _start(self, number: int, kind: str, entries: list[Entry]) -> _OpenItem:
         prefix, event, place = _HOST_ITEMS[kind]
         item_id, index = _new_item_id(prefix), self._next_index
         self._next_index += 1
@@ -3178,7 +3194,8 @@ class _BrowserWriter(_Writer):
         item = _OpenItem(index, kind, lambda text: {**template, "delta": text}, self._clock())
         item.id = item_id
         self._open[number] = item
-        return item, [self._event("added", item, "in_progress")]
+        entries.append(self._event("added", item, "in_progress"))
+        return item
 
     def _event(self, what: str, item: _OpenItem, status: str) -> JSONObject:
         text = _whole_text("".join(item.pieces))
@@ -3193,18 +3210,20 @@ class _BrowserWriter(_Writer):
         return {"type": f"response.output_item.{what}", "output_index": item.index, "item": body}
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
-        item, entries = self._start(delta.item, "message")
+        entries: list[Entry] = []
+        item = self._open.get(delta.item) or self._start(delta.item, "message", entries)
         item.pieces.append(delta.text)
-        entries.append(Piece(item.build, delta.text))
+        entries.append(_new_tuple(Piece, (item.build, delta.text)))
         return entries
 
     def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
-        item, entries = self._start(delta.item, "reasoning")
+        entries: list[Entry] = []
+        item = self._open.get(delta.item) or self._start(delta.item, "reasoning", entries)
         text = _with_paragraph(item, delta)
-        if not text or not self._show_thinking:
-            return entries
-        item.pieces.append(text)
-        return [*entries, Piece(item.build, text)]
+        if text and self._show_thinking:
+            item.pieces.append(text)
+            entries.append(Piece(item.build, text))
+        return entries
 
     def _write_closed(self, closed: ItemClosed) -> list[Entry]:
         item = self._open.pop(closed.item, None)
@@ -3563,18 +3582,30 @@ class Emitter:
         self._empty = True
         self._usage: JSONObject = {}
 
-    async def send(self, emissions: Sequence[Emission]) -> None:
-        """Pass emissions on, in order; waits while the reader is far behind."""
+    def send(self, emissions: Sequence[Emission]) -> Awaitable[None]:
+        """Pass emissions on, in order; the result is to be awaited before more is sent.
+
+        Text leaves at once, without a coroutine: nearly every call is a delta with nothing to wait for.
+        """
+        for number, emission in enumerate(emissions):
+            if type(emission) in self.SIDE_EFFECTS:
+                return self._send_waiting(emissions[number:])
+            self._write(emission)
+        return self._outlet.room() if self._outlet.full else _NOTHING_TO_AWAIT
+
+    async def _send_waiting(self, emissions: Sequence[Emission]) -> None:
         for emission in emissions:
-            if self._empty or self._first_at is None:
-                self._note_first(emission)
             side = self.SIDE_EFFECTS.get(type(emission))
             if side is not None:
                 await side(self, emission)
-            for entry in self._writer.write(emission):
-                self._outlet.put(entry)
-        if self._outlet.full:
-            await self._outlet.room()
+            self._write(emission)
+        await self._outlet.room()
+
+    def _write(self, emission: Emission) -> None:
+        if self._empty or self._first_at is None:
+            self._note_first(emission)
+        for entry in self._writer.write(emission):
+            self._outlet.put(entry)
 
     def _note_first(self, emission: Emission) -> None:
         if isinstance(emission, _ANSWERS if self._writer.TAKES_CALLS else _TEXT_ANSWERS):
@@ -3793,7 +3824,7 @@ class _StreamEndedError(Exception):
 
 
 class _ChunkQueues:
-    """Network reads on their way from the socket to the reducer, when they cannot go straight through.
+    """Network reads on their way from the socket to the reducer, once a large frame has come.
 
     What crosses both queues is the batch of frames of one read. A slot (a future) takes its place in
     `events` before the batch enters `chunks`: decoders fill slots in any order, the reducer awaits
@@ -3801,25 +3832,15 @@ class _ChunkQueues:
     """
 
     def __init__(self, limits: QueueLimits) -> None:
-        self.limits = limits
         self.chunks: asyncio.Queue[tuple[list[SSEFrame], asyncio.Future[list[StreamEvent]]]]
         self.chunks = asyncio.Queue(limits.chunks)
         self.events: asyncio.Queue[asyncio.Future[list[StreamEvent]]] = asyncio.Queue(limits.events)
-        self.waiting = 0
-        self.tasks: list[asyncio.Task[None]] = []
 
     async def put(self, frames: list[SSEFrame]) -> None:
         """Queue a batch behind all others."""
         slot: asyncio.Future[list[StreamEvent]] = asyncio.get_running_loop().create_future()
-        self.waiting += 1
         await self.events.put(slot)
         await self.chunks.put((frames, slot))
-
-    async def finish(self) -> None:
-        """Wait until everything has been reduced, then end the tasks."""
-        await self.events.join()
-        for task in self.tasks:
-            task.cancel()
 
 
 class StreamingEngine:
@@ -3862,7 +3883,23 @@ class StreamingEngine:
     async def _try(
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall, policy: RetryPolicy
     ) -> None:
+        """One call, and more of them while nothing was shown and another try may help.
+
+        The first is made without tenacity, whose preparations cost a third of a whole short request.
+        """
         wait = _RetryWait(policy.longest_wait_s)
+        failures: list[PipeError] = []
+        try:
+            await self._stream_responses(connection, request, call)
+        except PipeError as error:
+            failures.append(error)
+        if not failures:
+            return
+
+        async def attempt() -> None:
+            if failures:
+                raise failures.pop()
+            await self._stream_responses(connection, request, call)
 
         async def announce(retry_state: Any) -> None:
             error = retry_state.outcome.exception()
@@ -3877,21 +3914,15 @@ class StreamingEngine:
             before_sleep=announce,
             reraise=True,
         )
-        await tries(self._stream_responses, connection, request, call)
+        await tries(attempt)
 
     async def _stream_responses(
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
     ) -> None:
         async with self._client.open_stream(connection, request.api.path, request.body) as reads:
             call.begin(request.api)
-            try:
-                async with asyncio.TaskGroup() as group:
-                    await self._consume_sse(reads, call, group)
-            except BaseExceptionGroup as failures:
-                error = _first_failure(failures)
-                if not isinstance(error, _StreamEndedError):
-                    raise error from None
-            self._log_unknown(call.state)
+            await self._consume_sse(reads, call)
+        self._log_unknown(call.state)
 
     def _log_unknown(self, state: StreamState) -> None:
         fresh = set(state.unknown) - self._unknown
@@ -3899,34 +3930,46 @@ class StreamingEngine:
             self._unknown |= fresh
             LOGGER.info("event types that this version does not know: %s", ", ".join(sorted(fresh)))
 
-    async def _consume_sse(self, reads: _Reads, call: _UpstreamCall, group: asyncio.TaskGroup) -> None:
-        decoder, queues = SSEDecoder(), _ChunkQueues(call.limits)
+    async def _consume_sse(self, reads: _Reads, call: _UpstreamCall) -> None:
+        """Decode and reduce what comes, without a queue until there is a reason for one."""
+        decoder = SSEDecoder()
         async for chunk in reads:
             frames = decoder.feed(chunk)
-            await self._pass_on(frames, queues, call, group)
-            if call.state.ended:
-                await queues.finish()
-                await _drain(reads)
-                return
-            if frames and frames[-1].data == b"[DONE]":
-                break  # some proxies keep the connection open after it
-        await self._pass_on(decoder.close(), queues, call, group)
-        await queues.finish()
+            # Only the first frame of a read can be longer than the read itself.
+            if len(chunk) > _HEAVY_FRAME_BYTES or (frames and len(frames[0]) > _HEAVY_FRAME_BYTES):
+                await self._consume_queued(frames, decoder, reads, call)
+                break
+            done = bool(frames) and frames[-1] == _DONE
+            await call.take(parse_frames(frames[:-1] if done else frames))
+            if done or call.state.ended:
+                break
+        await call.take(parse_frames(decoder.close()))
         await call.close()
+        if call.state.ended:
+            await _drain(reads)
 
-    async def _pass_on(
-        self, frames: list[SSEFrame], queues: _ChunkQueues, call: _UpstreamCall, group: asyncio.TaskGroup
+    async def _consume_queued(
+        self, frames: list[SSEFrame], decoder: SSEDecoder, reads: _Reads, call: _UpstreamCall
     ) -> None:
-        """The short way while nothing waits and nothing is large: same order, no switch of tasks."""
-        if not queues.waiting and not _is_heavy(frames):
-            await call.take(parse_frames(frames))
-            return
-        if not queues.tasks:
-            workers = [self._decode_chunks(queues) for _ in range(queues.limits.workers)]
-            queues.tasks = [
-                group.create_task(work) for work in (*workers, self._drain_event_queue(queues, call))
-            ]
-        await queues.put(frames)
+        """The same from `frames` on, decoded beside the event loop where that takes long."""
+        queues = _ChunkQueues(call.limits)
+        try:
+            async with asyncio.TaskGroup() as group:
+                work = [self._decode_chunks(queues) for _ in range(call.limits.workers)]
+                tasks = [group.create_task(one) for one in (*work, self._drain_event_queue(queues, call))]
+                await queues.put(frames)
+                async for chunk in reads:
+                    frames = decoder.feed(chunk)
+                    await queues.put(frames)
+                    if frames and frames[-1] == _DONE:
+                        break
+                await queues.events.join()
+                for task in tasks:
+                    task.cancel()
+        except BaseExceptionGroup as failures:
+            error = _first_failure(failures)
+            if not isinstance(error, _StreamEndedError):
+                raise error from None
 
     async def _decode_chunks(self, queues: _ChunkQueues) -> None:
         while True:
@@ -3938,14 +3981,16 @@ class StreamingEngine:
         while True:
             slot = await queues.events.get()
             await call.take(await slot)
-            queues.waiting -= 1
             queues.events.task_done()
             if call.state.ended:
                 raise _StreamEndedError
 
 
+_DONE: Final = b"[DONE]"  # some proxies keep the connection open after it
+
+
 def _is_heavy(frames: list[SSEFrame]) -> bool:
-    return any(len(frame.data) > _HEAVY_FRAME_BYTES for frame in frames)
+    return max(map(len, frames), default=0) > _HEAVY_FRAME_BYTES
 
 
 def _first_failure(failures: BaseExceptionGroup) -> BaseException:
@@ -4006,25 +4051,26 @@ class _UpstreamCall:
         self._api = api
         self.state = StreamState()
 
-    async def take(self, events: Iterable[StreamEvent]) -> None:
-        """Reduce events and hand over what they mean."""
-        await self.hand_over(self._api.reduce(self.state, events))
+    def take(self, events: Iterable[StreamEvent]) -> Awaitable[None]:
+        """Reduce events at once; awaited, hand over what they mean."""
+        return self.hand_over(self._api.reduce(self.state, events))
 
     async def close(self) -> None:
         """The connection has ended."""
         await self.hand_over(self._api.close(self.state))
 
-    async def hand_over(self, emissions: list[Emission]) -> None:
+    def hand_over(self, emissions: list[Emission]) -> Awaitable[None]:
         """Give the sink everything before a failure, then raise the failure."""
         if not emissions:
-            return
-        failed = emissions[-1] if isinstance(emissions[-1], Failed) else None
-        good = emissions[:-1] if failed is not None else emissions
-        if good:
-            self.shown = self.shown or any(isinstance(emission, _VISIBLE) for emission in good)
-            await self._sink(good)
-        if failed is not None:
-            raise failed.error
+            return _NOTHING_TO_AWAIT
+        if isinstance(emissions[-1], Failed):
+            return self._fail(emissions[:-1], emissions[-1].error)
+        self.shown = self.shown or any(isinstance(emission, _VISIBLE) for emission in emissions)
+        return self._sink(emissions)
+
+    async def _fail(self, emissions: list[Emission], error: PipeError) -> None:
+        await self.hand_over(emissions)
+        raise error
 
 
 _VISIBLE: Final = (

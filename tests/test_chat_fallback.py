@@ -60,7 +60,6 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     RetryPolicy,
     SSEDecoder,
     StatusUpdate,
-    StreamEvent,
     StreamingEngine,
     StreamState,
     TextDelta,
@@ -129,20 +128,16 @@ def reduced_bytes(pieces: Iterable[bytes]) -> list[Emission]:
     return [*emissions, *close_chat_stream(state)]
 
 
-def event(payload: Json) -> StreamEvent:
-    return StreamEvent("", payload)
-
-
 def reduced(*chunks: Json) -> list[Emission]:
     """What chunks mean that come in one read, after which the connection ends."""
     state = StreamState()
-    return [*reduce_chat_chunks(state, map(event, chunks)), *close_chat_stream(state)]
+    return [*reduce_chat_chunks(state, chunks), *close_chat_stream(state)]
 
 
 def singly(*chunks: Json) -> list[Emission]:
     """What chunks mean that come one by one."""
     state = StreamState()
-    emissions = [one for chunk in chunks for one in reduce_chat_chunks(state, [event(chunk)])]
+    emissions = [one for chunk in chunks for one in reduce_chat_chunks(state, [chunk])]
     return [*emissions, *close_chat_stream(state)]
 
 
@@ -565,8 +560,8 @@ def test_reasoning(case: str) -> None:
 )
 def test_the_answer_ends_the_reasoning(follows: Json, kind: str | None) -> None:
     state = StreamState()
-    reduce_chat_chunks(state, [event(chunk(reasoning="hm"))])
-    emissions = reduce_chat_chunks(state, [event(chunk(**follows))])
+    reduce_chat_chunks(state, [chunk(reasoning="hm")])
+    emissions = reduce_chat_chunks(state, [chunk(**follows)])
     assert kinds(emissions) == ["ItemClosed", *([kind] if kind else [])]
     assert closed(emissions, "reasoning")
 
@@ -600,11 +595,11 @@ def test_a_signature_that_comes_after_the_text() -> None:
 def test_a_long_thought_takes_linear_time() -> None:
     """40 MB in 2,000 fragments; copied anew with each of them it would be 40 GB."""
     text = "x" * 20_000
-    one = event(chunk(reasoning=text, reasoning_details=[detail(text=text, index=0)]))
+    one = chunk(reasoning=text, reasoning_details=[detail(text=text, index=0)])
     state, began = StreamState(), time.process_time()
     for _ in range(2_000):
         reduce_chat_chunks(state, [one])
-    emissions = reduce_chat_chunks(state, [event(chunk("stop", USAGE))])
+    emissions = reduce_chat_chunks(state, [chunk("stop", USAGE)])
     assert time.process_time() - began < 2.0
     (payload,) = closed(emissions, "reasoning")
     assert payload["reasoning_details"] == [detail(text=text * 2_000, index=0)]
@@ -696,7 +691,7 @@ def test_an_id_that_changes_between_fragments() -> None:
 
 def test_no_call_before_the_end() -> None:
     state = StreamState()
-    emissions = reduce_chat_chunks(state, [event(chunk(tool_calls=[fragment(0, *WHOLE["a"])]))])
+    emissions = reduce_chat_chunks(state, [chunk(tool_calls=[fragment(0, *WHOLE["a"])])])
     assert emissions == []
     assert calls_of(close_chat_stream(state)) == []
 
@@ -812,7 +807,7 @@ def test_usage(case: str) -> None:
 def test_the_end_is_not_waited_for_once_finish_and_usage_are_known() -> None:
     for last in ([chunk("stop", USAGE)], [STOP, AFTER]):
         state = StreamState()
-        emissions = reduce_chat_chunks(state, map(event, [TEXT, *last]))
+        emissions = reduce_chat_chunks(state, [TEXT, *last])
         assert emissions[-1] == TurnEnded("completed")
         assert state.ended
         assert close_chat_stream(state) == []
@@ -842,9 +837,9 @@ def test_finish_reasons(finish: str, end: TurnEnded) -> None:
 
 def test_nothing_counts_after_the_end() -> None:
     state = StreamState()
-    reduce_chat_chunks(state, map(event, [TEXT, STOP, AFTER]))
+    reduce_chat_chunks(state, [TEXT, STOP, AFTER])
     late = [TEXT, STOP, AFTER, {"error": {"message": "late"}}]
-    assert reduce_chat_chunks(state, map(event, late)) == []
+    assert reduce_chat_chunks(state, late) == []
     assert kinds(close_chat_stream(state)) == []
 
 
@@ -1072,7 +1067,7 @@ def test_no_text_is_lost_or_doubled(chunks: list[Json]) -> None:
             text += delta.get("content") or ""
             details = delta.get("reasoning_details", ())
             thought += delta.get("reasoning") or "".join(part["text"] for part in details)
-        emissions += reduce_chat_chunks(state, [event(one)])
+        emissions += reduce_chat_chunks(state, [one])
     emissions += close_chat_stream(state)
     assert "".join(one.text for one in emissions if isinstance(one, TextDelta)) == text
     assert "".join(one.text for one in emissions if isinstance(one, ReasoningDelta)) == thought

@@ -36,7 +36,7 @@ GIVEN_NAMES: Final[dict[int, str]] = {
         _inject_model_capabilities""",
     9: """CompletionsBody ResponsesBody _transform_messages_to_input _to_input_image _to_input_file
         _to_input_audio _to_input_video _strictify_schema _get_chat_context _extract_system_prompt""",
-    10: "SSEDecoder parse_frame",
+    10: "SSEDecoder parse_frames",
     11: "StreamState _REDUCERS _CHAT_REDUCERS reduce_event _merge_usage_stats",
     12: "OpenRouterClient _RetryWait",
     13: """DeltaBuffer Emitter Outlet _wrap_event_emitter _emit_update _emit_status _emit_citation

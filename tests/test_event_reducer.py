@@ -42,7 +42,7 @@ ENDS: Final = (TurnEnded, Failed)
 
 
 def event(kind: str, **payload: Any) -> StreamEvent:
-    return StreamEvent(kind, {"type": kind, **payload})
+    return {"type": kind, **payload}
 
 
 def singly(stream: Iterable[StreamEvent]) -> list[Emission]:
@@ -149,34 +149,33 @@ def test_reducing_leaves_the_events_alone(name: str) -> None:
 
 
 def _dropping(*kinds: str) -> Callable[[Events], Events]:
-    return lambda stream: [one for one in stream if one.type not in kinds]
+    return lambda stream: [one for one in stream if one["type"] not in kinds]
 
 
 def _without_deltas(stream: Events) -> Events:
-    return [one for one in stream if not one.type.endswith(".delta")]
+    return [one for one in stream if not one["type"].endswith(".delta")]
 
 
 def _without_part_ends(stream: Events) -> Events:
     kept = ("response.output_item.done", "response.done")
-    return [one for one in stream if not one.type.endswith(".done") or one.type in kept]
+    return [one for one in stream if not one["type"].endswith(".done") or one["type"] in kept]
 
 
 def _only_the_end(stream: Events) -> Events:
-    return [one for one in stream if one.type in TERMINAL]
+    return [one for one in stream if one["type"] in TERMINAL]
 
 
 def _with_an_empty_final_output(stream: Events) -> Events:
     def emptied(one: StreamEvent) -> StreamEvent:
-        response = {**one.payload["response"], "output": []}
-        return StreamEvent(one.type, {**one.payload, "response": response})
+        response = {**one["response"], "output": []}
+        return {**one, "response": response}
 
-    return [emptied(one) if one.type in TERMINAL else one for one in stream]
+    return [emptied(one) if one["type"] in TERMINAL else one for one in stream]
 
 
 def _without_key(key: str) -> Callable[[Events], Events]:
     def strip(stream: Events) -> Events:
-        kept = [{k: v for k, v in one.payload.items() if k != key} for one in stream]
-        return [StreamEvent(one.type, payload) for one, payload in zip(stream, kept, strict=True)]
+        return [{k: v for k, v in one.items() if k != key} for one in stream]
 
     return strip
 
@@ -194,21 +193,21 @@ def _renamed(value: Any, new_id: Callable[[], str]) -> Any:
 
 
 def _with_one_id_for_all(stream: Events) -> Events:
-    return [StreamEvent(one.type, _renamed(one.payload, lambda: "msg_tmp")) for one in stream]
+    return [_renamed(one, lambda: "msg_tmp") for one in stream]
 
 
 def _with_ever_new_ids(stream: Events) -> Events:
     chance = random.Random(7)
-    return [StreamEvent(one.type, _renamed(one.payload, lambda: f"x{chance.random()}")) for one in stream]
+    return [_renamed(one, lambda: f"x{chance.random()}") for one in stream]
 
 
 def _with_all_but_deltas_twice(stream: Events) -> Events:
-    return [same for one in stream for same in [one] * (1 if one.type.endswith(".delta") else 2)]
+    return [same for one in stream for same in [one] * (1 if one["type"].endswith(".delta") else 2)]
 
 
 def _as_response_done(stream: Events) -> Events:
     ends = ("response.completed", "response.incomplete", "response.failed")
-    return [StreamEvent("response.done", one.payload) if one.type in ends else one for one in stream]
+    return [{**one, "type": "response.done"} if one["type"] in ends else one for one in stream]
 
 
 # change -> (function, streams that cannot survive it, whether the ids of items stay)
@@ -263,7 +262,7 @@ def test_events_that_name_no_item_belong_to_the_one_that_is_open(name: str) -> N
 @pytest.mark.parametrize("name", NAMES)
 def test_any_prefix_without_its_end_fails_once(name: str) -> None:
     stream = events(name)
-    length = next(number for number, one in enumerate(stream) if one.type in TERMINAL)
+    length = next(number for number, one in enumerate(stream) if one["type"] in TERMINAL)
     full = EXPECTED[name]["text"]
     for end in range(length + 1):
         for reduce in (reduced, singly):
@@ -323,7 +322,7 @@ def test_reused_item_ids() -> None:
         ]
 
     first, second = message(0, "first"), message(1, "second")
-    output = [first[-1].payload["item"], second[-1].payload["item"]]
+    output = [first[-1]["item"], second[-1]["item"]]
     end = event("response.completed", response={"output": output})
     for stream in ([*first, *second, end], [*first[:2], *second[:2], end]):
         for reduce in (reduced, singly):
@@ -450,7 +449,7 @@ def test_reasoning_under_its_older_name() -> None:
 )
 def test_failures(payload: Json, words: str, template: str, retryable: bool) -> None:
     state = StreamState()
-    emissions = reduce_event(state, StreamEvent(str(payload.get("type", "")), payload))
+    emissions = reduce_event(state, payload)
     assert state.ended
     assert isinstance(emissions[-1], Failed)
     error = emissions[-1].error
@@ -620,7 +619,7 @@ PAYLOAD: Final = st.fixed_dictionaries(
 )
 KINDS: Final = st.sampled_from([*sorted(_REDUCERS), "", "response.unknown.delta"])
 STREAM: Final = st.lists(
-    st.builds(lambda kind, payload: StreamEvent(kind, {"type": kind, **payload}), KINDS, PAYLOAD), max_size=12
+    st.builds(lambda kind, payload: {"type": kind, **payload}, KINDS, PAYLOAD), max_size=12
 )
 
 
