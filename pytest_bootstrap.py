@@ -16,8 +16,10 @@ from contextlib import asynccontextmanager
 from types import ModuleType, SimpleNamespace
 
 import tenacity
+from sqlalchemy import JSON
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
-from sqlalchemy.pool import StaticPool
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.pool import NullPool
 
 HOST_VERSION = "0.12.4"
 
@@ -89,8 +91,9 @@ def _stub_storage() -> object:
 
 
 def _stub_database(module: ModuleType) -> None:
-    """An engine on one SQLite database in memory. It connects when it is first used."""
-    engine = create_async_engine("sqlite+aiosqlite://", poolclass=StaticPool)
+    """An engine on one SQLite database in memory, which lives as long as somebody is connected."""
+    address = "sqlite+aiosqlite:///file:host?mode=memory&cache=shared&uri=true"
+    engine = create_async_engine(address, poolclass=NullPool)
     sessions = async_sessionmaker(bind=engine, class_=AsyncSession, expire_on_commit=False)
 
     @asynccontextmanager
@@ -111,6 +114,19 @@ def _stub_database(module: ModuleType) -> None:
     )
 
 
+class HostBase(DeclarativeBase):
+    """The tables that are asked for with SQL; a test that wants them creates them."""
+
+
+class ChatMessage(HostBase):
+    """`chat_message`, as far as it is read."""
+
+    __tablename__ = "chat_message"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    chat_id: Mapped[str]
+    usage: Mapped[dict[str, object] | None] = mapped_column(JSON)
+
+
 def _stub_host() -> None:
     env = {"VERSION": HOST_VERSION, "WEBUI_SECRET_KEY": "", "DATABASE_SCHEMA": None}
     _fill(_module("env"), env.items())
@@ -123,6 +139,7 @@ def _stub_host() -> None:
     for path, names in RECORDS.items():
         _fill(_module(path), ((name, type(name, (SimpleNamespace,), {})) for name in names))
     _module("storage.provider").Storage = _stub_storage()  # type: ignore[attr-defined]  # made here
+    _fill(_module("models.chat_messages"), [("ChatMessage", ChatMessage)])
     _stub_database(_module("internal.db"))
 
 

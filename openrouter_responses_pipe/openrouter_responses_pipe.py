@@ -119,6 +119,7 @@ _OUTLET_MAX_CHARS: Final = 1_000_000
 _OUTLET_MAX_ENTRIES: Final = 2_000
 _RETIRE_DEADLINE_S: Final = 300.0
 _CLEANUP_S: Final = 5.0
+_HOST_CALL_S: Final = 1.0  # what a question to the host may take when nothing depends on it
 _MINIMUM_HOST: Final = (0, 11, 2)
 
 # name -> (characters that may leave at once, milliseconds that fewer may wait for company)
@@ -408,9 +409,10 @@ class TurnEnded(NamedTuple):
 
 
 class Failed(NamedTuple):
-    """The request failed; nothing follows."""
+    """The request failed; nothing follows. `log`: its lines, for whoever may read them."""
 
     error: PipeError
+    log: str = ""
 
 
 Emission = (
@@ -1211,6 +1213,17 @@ class OpenWebUIHost:
             return chunks
         return StreamingResponse(_as_sse(chunks), media_type="text/event-stream")
 
+    async def chat_cost(self, chat_id: str) -> float:
+        """US dollars that the answers saved in a chat have cost; 0 if there are none, or nobody knows."""
+        if self.version is None or not chat_id:
+            return 0.0
+        try:
+            async with asyncio.timeout(_HOST_CALL_S):
+                return await _saved_cost(chat_id)
+        except Exception as exc:  # whatever it is: the answer is there, and a sum may not spoil it
+            LOGGER.info("what this chat has cost could not be read: %s", type(exc).__name__)
+            return 0.0
+
     def check_version(self) -> None:
         """Refuse a host that would show or save nothing.
 
@@ -1225,6 +1238,21 @@ class OpenWebUIHost:
             raise ConfigurationError(
                 f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
             )
+
+
+async def _saved_cost(chat_id: str) -> float:
+    from open_webui.internal.db import (  # pyright: ignore[reportMissingImports]  # host only
+        get_async_db_context,
+    )
+    from open_webui.models.chat_messages import (  # pyright: ignore[reportMissingImports]  # host only
+        ChatMessage,
+    )
+    from sqlalchemy import select
+
+    async with get_async_db_context() as session:
+        usages = await session.scalars(select(ChatMessage.usage).where(ChatMessage.chat_id == chat_id))
+        costs = [_mapping(usage).get("cost") for usage in usages]
+    return math.fsum(cost for cost in costs if _is_number(cost) and cost > 0)
 
 
 async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[bytes, None]:
@@ -3026,12 +3054,12 @@ class Outlet:
         """Queue an entry behind all others."""
         if isinstance(entry, Piece):
             if entry.build is not self._build:
-                self._close_run()
+                self._flush_pending()
                 self._build = entry.build
             self._buffer.push(entry.text, self._clock() if self._holds_back else 0.0)
             self._waiting_chars += len(entry.text)
         else:
-            self._close_run()
+            self._flush_pending()
             self._entries.append((entry, 0))
         if self._waiter is not None:
             self._wake()
@@ -3039,7 +3067,7 @@ class Outlet:
             self.full = True
             self._room.clear()
 
-    def _close_run(self) -> None:
+    def _flush_pending(self) -> None:
         """Something else follows the text that was growing: it is ready as it is."""
         build, self._build = self._build, None
         if build is None:
@@ -3062,7 +3090,7 @@ class Outlet:
             return
         self._finished = True
         self._result = result
-        self._close_run()
+        self._flush_pending()
         self._wake()
         self._open_room()
 
@@ -3251,8 +3279,8 @@ class _BrowserWriter(_Writer):
         entries = [*self._close_all("incomplete"), *self._usage_event(always=False)]
         return [*entries, {"error": {"message": failed.error.user_message}}]
 
-    def _close_all(self, status: str) -> list[Entry]:
-        entries: list[Entry] = [self._event("done", item, status) for item in self._open.values()]
+    def _close_all(self, status: str) -> list[JSONObject]:
+        entries = [self._event("done", item, status) for item in self._open.values()]
         self._open.clear()
         return entries
 
@@ -3336,6 +3364,8 @@ class _BrowserJSONWriter(_BrowserWriter):
 
     def result(self) -> JSONObject:
         """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
+        for entry in self._close_all("incomplete"):  # somebody pressed Stop
+            self._items[entry["output_index"]] = entry["item"]
         items = [self._items[index] for index in sorted(self._items)]
         if not items and self._error is None:  # of nothing at all the host would keep no usage
             content = [{"type": "output_text", "text": "", "annotations": []}]
@@ -3590,7 +3620,7 @@ class Emitter:
         for number, emission in enumerate(emissions):
             if type(emission) in self.SIDE_EFFECTS:
                 return self._send_waiting(emissions[number:])
-            self._write(emission)
+            self._emit_update(emission)
         return self._outlet.room() if self._outlet.full else _NOTHING_TO_AWAIT
 
     async def _send_waiting(self, emissions: Sequence[Emission]) -> None:
@@ -3598,10 +3628,11 @@ class Emitter:
             side = self.SIDE_EFFECTS.get(type(emission))
             if side is not None:
                 await side(self, emission)
-            self._write(emission)
+            self._emit_update(emission)
         await self._outlet.room()
 
-    def _write(self, emission: Emission) -> None:
+    def _emit_update(self, emission: Emission) -> None:
+        """Whatever this kind of client reads in the answer itself."""
         if self._empty or self._first_at is None:
             self._note_first(emission)
         for entry in self._writer.write(emission):
@@ -3661,29 +3692,40 @@ class Emitter:
         elif self._empty:
             self._warnings.append("The model sent an empty answer")
 
-    async def _note_failure(self, failed: Failed) -> None:
+    async def _emit_templated_error(self, failed: Failed) -> None:
+        """Say it in the administrator's words where there are some; the answer gets it after this."""
         failed.error.shown = render_error(failed.error, self._page)
+        await self._emit_error(failed, show_error_log_citation=bool(failed.log))
+
+    async def _emit_error(self, failed: Failed, *, show_error_log_citation: bool) -> None:
         await self.close_status("Failed")
+        if show_error_log_citation:
+            name = f"Log of request {self._page.error_id}".strip()
+            data = {"source": {"name": name}, "document": [failed.log], "metadata": [{"source": name}]}
+            await self._emit({"type": "source", "data": data})
 
     async def close_status(self, description: str = "Stopped") -> None:
         """End a line of progress that would otherwise shimmer for ever in the saved chat."""
         if self._status_open:
             await self._emit_status(StatusUpdate(description, done=True))
 
-    async def _emit_completion(self, elapsed_s: float, show_usage: bool) -> None:
+    async def _emit_completion(self, elapsed_s: float, show_usage: bool, spent_before: float) -> None:
         """The last status: what the person must know, and what the answer took."""
         writing_s = 0.0 if self._first_at is None else self._clock() - self._first_at
         parts = list(self._warnings)
         if show_usage:
-            parts += _usage_words(self._usage, elapsed_s, writing_s)
+            parts += _usage_words(self._usage, elapsed_s, writing_s, spent_before)
         if parts:
             await self._emit_status(StatusUpdate(" · ".join(parts), done=True))
         elif self._status_open:
             await self._emit_status(StatusUpdate("Done", done=True, hidden=True))
 
-    async def complete(self, elapsed_s: float, show_usage: bool) -> JSONObject:
-        """The answer has ended well: say the totals. Returns the usage of all upstream calls."""
-        await self._emit_completion(elapsed_s, show_usage)
+    async def complete(self, elapsed_s: float, show_usage: bool, spent_before: float = 0.0) -> JSONObject:
+        """The answer has ended well: say the totals. Returns the usage of all upstream calls.
+
+        `spent_before`: US dollars that the chat's earlier answers have cost, 0 if nobody knows.
+        """
+        await self._emit_completion(elapsed_s, show_usage, spent_before)
         return self._usage
 
     def usage(self) -> JSONObject:
@@ -3698,7 +3740,7 @@ class Emitter:
         MediaProduced: _emit_media,
         UsageReported: _count_usage,
         TurnEnded: _note_end,
-        Failed: _note_failure,
+        Failed: _emit_templated_error,
     }
 
 
@@ -3722,8 +3764,10 @@ _INCOMPLETE_WORDS: Final[dict[str, str]] = {
 }
 
 
-def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -> list[str]:
-    """`3.2 s`, `25 tokens in (8 cached)`, `148 out (128 reasoning)`, `46 tokens/s`, `$0.0015`.
+def _usage_words(
+    usage: Mapping[str, Any], elapsed_s: float, writing_s: float, spent_before: float
+) -> list[str]:
+    """`3.2 s`, `25 tokens in (8 cached)`, `148 out (128 reasoning)`, `46 tokens/s`, `$0.0015 (chat $0.02)`.
 
     The rate is that of the time in which the model wrote, and left out where that was too short.
     """
@@ -3737,8 +3781,9 @@ def _usage_words(usage: Mapping[str, Any], elapsed_s: float, writing_s: float) -
         words.append(f"{tokens_out:,} out" + _in_brackets(thought, "reasoning"))
         if tokens_out and writing_s >= 0.5:
             words.append(f"{tokens_out / writing_s:.0f} tokens/s")
-    if _is_number(usage.get("cost")):
-        words.append(_dollars(usage["cost"]))
+    cost = usage.get("cost")
+    if _is_number(cost):
+        words.append(_dollars(cost) + (f" (chat {_dollars(cost + spent_before)})" if spent_before else ""))
     return words
 
 
@@ -4141,7 +4186,9 @@ class TurnLoop:
         try:
             async with asyncio.timeout(deadline or None):
                 await self._answer(job)
-                await job.emitter.complete(self._clock() - started, job.valves.SHOW_FINAL_USAGE_STATUS)
+                elapsed_s, show_usage = self._clock() - started, job.valves.SHOW_FINAL_USAGE_STATUS
+                spent_before = await self._spent_before(job.request) if show_usage else 0.0
+                await job.emitter.complete(elapsed_s, show_usage, spent_before)
         except TimeoutError:
             words = f"The answer took longer than the {_in_words(deadline)} that are allowed"
             error = StreamError(words, template="admission")
@@ -4150,6 +4197,13 @@ class TurnLoop:
         if error is not None:
             await job.emitter.send((Failed(error),))
         self._log(job, self._clock() - started, error)
+
+    async def _spent_before(self, request: ChatRequest) -> float:
+        """US dollars of the chat's earlier answers; the first of a chat need not ask."""
+        roles = {message.get("role") for message in _objects(request.body.get("messages"))}
+        if request.dialect not in _DIALECTS_WITH_EVENTS or "assistant" not in roles:
+            return 0.0
+        return await self._host.chat_cost(request.chat_id)
 
     async def _answer(self, job: _PipeJob) -> None:
         self._host.check_version()
@@ -4280,9 +4334,19 @@ class Runtime:
         return job.outlet.chunks(functools.partial(self._submit, job))
 
     async def collect(self, job: _PipeJob) -> JSONObject:
-        """The whole answer of a job."""
+        """The whole answer of a job, or what there is of it when somebody presses Stop."""
         task = self._submit(job)
         try:
+            return await job.outlet.result()
+        except asyncio.CancelledError:
+            # Of an answer that is not streamed Open WebUI keeps what is returned, and nothing else.
+            stopping = asyncio.current_task()
+            if stopping is None or job.request.dialect != "browser_json":
+                raise
+            task.cancel()
+            await asyncio.wait((task,), timeout=_CLEANUP_S)
+            job.emitter.aclose()
+            stopping.uncancel()
             return await job.outlet.result()
         finally:
             task.cancel()

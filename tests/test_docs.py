@@ -70,8 +70,8 @@ PENDING: Final = words(
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment _inline_internal_file_url ModelFamily
     _pick_model _inject_model_capabilities _to_input_file _to_input_audio _to_input_video
-    _strictify_schema _get_chat_context _emit_update _emit_tool_prompt _emit_error
-    _emit_templated_error _flush_pending SafeFetcher MediaIntake ArtifactStore RedisWriteBehind
+    _strictify_schema _get_chat_context _emit_tool_prompt SafeFetcher MediaIntake
+    ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
     CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop
     _execute_tool_batch _shutdown_tool_context ContextKeeper

@@ -1289,6 +1289,35 @@ async def test_costs(cost: float, text: str) -> None:
 
 
 @pytest.mark.parametrize(
+    ("usage", "before", "text"),
+    [
+        ({"cost": 0.0015}, 0.02, " · $0.0015 (chat $0.022)"),
+        ({"cost": 0}, 0.02, " · $0 (chat $0.02)"),
+        ({"cost": 0.0015}, 0.0, " · $0.0015"),
+        ({}, 0.02, ""),
+    ],
+)
+async def test_what_the_chat_has_cost(usage: Any, before: float, text: str) -> None:
+    at = desk()
+    await at.emitter.send([TextDelta(0, "a"), UsageReported(usage), TurnEnded("completed")])
+    await at.emitter.complete(3.2, True, before)
+    assert at.told.statuses() == [f"3.2 s{text}"]
+
+
+@pytest.mark.parametrize("log", ["", "12:00:01 asked\n12:00:02 refused"])
+async def test_the_log_of_a_failure(log: str) -> None:
+    """It goes, as a source, to whom it was given for; the error itself is the same."""
+    at = desk()
+    await at.emitter.send([TextDelta(0, "a"), Failed(StreamError("cut"), log)])
+    at.emitter.aclose()
+    chunks = [chunk async for chunk in at.outlet.chunks()]
+    assert "cut" in chunks[-1]["error"]["message"]
+    sources = at.told.of("source")
+    assert [source["document"] for source in sources] == ([[log]] if log else [])
+    assert all(source["source"]["name"].startswith("Log of request") for source in sources)
+
+
+@pytest.mark.parametrize(
     ("emissions", "text"),
     [
         (

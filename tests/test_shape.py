@@ -86,7 +86,7 @@ BROAD_EXCEPT: Final[dict[str, str]] = {
     "background service": "",
     "Redis call": "",
     "runtime close": "",
-    "host call": "",
+    "host call": "OpenWebUIHost.chat_cost",
     "service task": "",
     "Pipe.pipes": "Pipe.pipes",
 }

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import re
+
+import pytest
 
 from tests.e2e.driver import Tab, Turn, error_text, item_text, items, unique, until
 from tests.e2e.host import MODEL, Host
@@ -70,6 +73,23 @@ async def test_next_turn_carries_the_first_answer(tab: Tab, upstream: Upstream) 
     said = [(item.get("role"), item) for item in body["input"] if item.get("type", "message") == "message"]
     assert [role for role, _ in said][-3:] == ["user", "assistant", "user"]
     assert answer.strip() in str(said[-2][1]["content"])
+
+
+async def test_the_chats_cost_is_told(tab: Tab) -> None:
+    """From the second answer on, the status line tells what all saved answers together have cost."""
+    first = await tab.ask(unique("Hello")[0], MODEL)
+    spent = [(await first.done())["usage"]["cost"]]
+    second = await tab.ask(unique("Hello again")[0], MODEL, after=first)
+    message = await second.done()
+    spent.append(message["usage"]["cost"])
+    said = [turn.data("status")[-1]["description"] for turn in (first, second)]
+    assert "(chat " not in said[0]
+    (told,) = re.findall(r" · \$([\d.]+) \(chat \$([\d.]+)\)$", said[1])
+    assert [float(part) for part in told] == [
+        pytest.approx(sum(spent[-1:]), rel=0.05),
+        pytest.approx(sum(spent), rel=0.05),
+    ]
+    assert message["statusHistory"][-1]["description"] == said[1]
 
 
 async def test_two_chats_at_once_stay_apart(tab: Tab) -> None:
