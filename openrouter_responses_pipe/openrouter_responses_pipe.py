@@ -119,6 +119,7 @@ _OUTLET_MAX_CHARS: Final = 1_000_000
 _OUTLET_MAX_ENTRIES: Final = 2_000
 _RETIRE_DEADLINE_S: Final = 300.0
 _CLEANUP_S: Final = 5.0
+_EMIT_S: Final = 5.0  # what the host may take for one event
 _HOST_CALL_S: Final = 1.0  # what a question to the host may take when nothing depends on it
 _MINIMUM_HOST: Final = (0, 11, 2)
 
@@ -133,6 +134,9 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 # Patterns
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
+_IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
+_PLAIN_WORD_RE: Final = re.compile(r"[a-z]+(?:[ ,;!?]|\.?$)")  # no model id, no path, no name of a parameter
+_CODE_WORD_RE: Final = re.compile(r"\d+|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+|None|null")
 
 # Every line we log goes through this one
 LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
@@ -528,13 +532,18 @@ class StreamError(PipeError):
     template = "provider"
 
 
+_CHANGE_SOMETHING: Final = "Please change the message or the settings of the chat, or choose another model."
 # template -> (what happened, what to do now)
 _ADVICE: Final[dict[str, tuple[str, str]]] = {
-    "configuration": ("", ""),
-    "admission": ("", ""),
-    "catalog": ("", ""),
+    **dict.fromkeys(("configuration", "admission", "catalog"), ("", "")),
     "input": ("This chat could not be sent.", ""),
-    "refused": ("OpenRouter refused the request.", ""),
+    "refused": ("OpenRouter refused the request.", _CHANGE_SOMETHING),
+    "unknown_model": ("OpenRouter does not know this model.", "Please choose another model."),
+    "too_long": (
+        "The chat is too long for this model.",
+        "Please begin a new chat, or choose a model with a larger context.",
+    ),
+    "too_large": ("The request is too large.", "Please send fewer or smaller attachments."),
     "authentication": (
         "OpenRouter did not accept the API key.",
         "An administrator has to replace it in the valves of this function; "
@@ -545,44 +554,36 @@ _ADVICE: Final[dict[str, tuple[str, str]]] = {
         "An administrator can add credit; a lower limit for output tokens may help too.",
     ),
     "rate_limit": ("Too many requests at the moment.", "Please try again later."),
-    "daily_limit": ("The free requests of this day are used up.", ""),
+    "daily_limit": ("The free requests of this day are used up.", "Please choose a model that is not free."),
     "moderation": ("The request was refused by moderation.", "Please change the message."),
-    "guardrail": ("The request was blocked by a guardrail of the OpenRouter account.", ""),
+    "guardrail": (
+        "A guardrail of the OpenRouter account stopped the request.",
+        "Please change the message; an administrator can change the guardrail.",
+    ),
     "not_found": ("No provider can serve this model.", "Please choose another model."),
     "provider": ("The model's provider reported an error.", "Please try again, or choose another model."),
+    "provider_refused": ("The model's provider refused the request.", _CHANGE_SOMETHING),
+    "server": ("OpenRouter reported an error of its own.", "Please try again later."),
     "broken": ("The answer broke off.", "Please try again."),
     "network": ("OpenRouter could not be reached.", "Please try again."),
     "timeout": ("OpenRouter did not answer in time.", "Please try again."),
     "internal": ("Something went wrong inside this function.", "The server's log says what."),
 }
 # What some errors say instead of a reason; shown, it would only confuse.
-_EMPTY_WORDS: Final = frozenset(
-    {
-        "provider returned error",
-        "provider returned an error",
-        "internal server error",
-        "user not found",
-        "request timed out",
-        "rate limit exceeded",
-    }
+_EMPTY_WORDS: Final = (
+    *("provider returned error", "provider returned an error", "internal server error"),
+    *("user not found", "request timed out", "rate limit exceeded"),
 )
 
 
 # what an administrator may word anew -> the rows that it covers
 _TEMPLATE_CLASSES: Final[dict[str, str]] = {
-    "authentication": "authentication",
-    "credits": "credits",
-    "rate_limit": "rate_limit",
-    "daily_limit": "rate_limit",
-    "moderation": "moderation",
-    "guardrail": "moderation",
-    "provider": "provider",
-    "refused": "provider",
-    "not_found": "provider",
-    "broken": "network",
-    "network": "network",
-    "timeout": "timeout",
-    "internal": "internal",
+    **dict.fromkeys(("refused", "unknown_model", "too_long", "too_large", "not_found"), "provider"),
+    **dict.fromkeys(("provider", "provider_refused", "server"), "provider"),
+    **dict.fromkeys(("rate_limit", "daily_limit"), "rate_limit"),
+    **dict.fromkeys(("moderation", "guardrail"), "moderation"),
+    **dict.fromkeys(("network", "broken"), "network"),
+    **{kind: kind for kind in ("authentication", "credits", "timeout", "internal")},
 }
 
 
@@ -605,21 +606,16 @@ def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
     title, advice = _ADVICE.get(error.template, _ADVICE["internal"])
     message = _provider_sentence(error.detail, bool(title))
     wait_s = error.retry_after or 0.0
-    if any(phrase in message.lower() for phrase in ("try again", "retry")):
+    said = any(phrase in message.lower() for phrase in ("try again", "retry"))
+    if said and "try again" in advice:
         advice = ""
-    if wait_s > 1 and str(round(wait_s)) not in message:
+    if wait_s > 1 and not re.search(rf"\b{round(wait_s)}\b", message):
         advice = f"Please try again in {_in_words(wait_s)}."
     kind = _TEMPLATE_CLASSES.get(error.template, "")
     error_id = page.error_id if kind else ""  # the others are no failures that a log could explain
     if kind in page.templates:
-        fields = {
-            "title": title,
-            "message": message,
-            "advice": advice,
-            "id": error_id,
-            "contact": page.contact,
-        }
-        return _fill_template(page.templates[kind], fields)
+        fields = {"title": title, "message": message, "advice": advice, "contact": page.contact}
+        return _fill_template(page.templates[kind], {**fields, "id": error_id})
     contact = f"Contact: {page.contact}" if page.contact else ""
     reference = f"(Error {error_id})" if error_id else ""
     return " ".join(part for part in (title, message, advice, contact, reference) if part)
@@ -627,11 +623,13 @@ def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
 
 def _provider_sentence(detail: str, optional: bool) -> str:
     """The words of whoever refused as one line with an end; nothing where they say nothing."""
-    words = _LINE_BREAKS_RE.sub(" ", detail).strip()
+    words = _IDS_RE.sub("[…]", _LINE_BREAKS_RE.sub(" ", _whole_text(detail)).strip())
     if optional and words.rstrip(".").lower() in _EMPTY_WORDS:
         return ""
     if len(words) > _MAX_WORDS_CHARS:
         words = words[:_MAX_WORDS_CHARS] + " …"
+    if _PLAIN_WORD_RE.match(words):
+        words = words[0].upper() + words[1:]
     return words + "." if words and words[-1] not in ".!?…" else words
 
 
@@ -652,35 +650,28 @@ def _in_words(seconds: float) -> str:
 
 
 # OpenRouter's errors (reference §10)
-
 _STATUS_TEMPLATES: Final[dict[int, str]] = {
-    400: "refused",
+    **dict.fromkeys((400, 403, 422), "refused"),
+    **dict.fromkeys((500, *range(520, 527)), "server"),
+    **dict.fromkeys((408, 504, 524), "timeout"),
     401: "authentication",
     402: "credits",
-    403: "refused",
     404: "not_found",
-    408: "timeout",
-    413: "refused",
-    422: "refused",
+    413: "too_large",
     429: "rate_limit",
-    504: "timeout",
-    524: "timeout",
 }
 # `error_type` is exact where `error.code` is coarse (reference §10.2)
 _ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
+    **dict.fromkeys(("provider_overloaded", "provider_unavailable"), ("provider", True)),
+    **dict.fromkeys(("server", "unmapped"), ("server", True)),
     "rate_limit_exceeded": ("rate_limit", True),
-    "provider_overloaded": ("provider", True),
-    "provider_unavailable": ("provider", True),
     "timeout": ("timeout", True),
-    "server": ("provider", True),
-    "unmapped": ("provider", True),
+    **dict.fromkeys(
+        ("permission_denied", "invalid_request", "invalid_prompt", "unprocessable"), ("refused", False)
+    ),
     "authentication": ("authentication", False),
-    "permission_denied": ("refused", False),
-    "invalid_request": ("refused", False),
-    "invalid_prompt": ("refused", False),
-    "context_length_exceeded": ("refused", False),
-    "unprocessable": ("refused", False),
-    "payload_too_large": ("refused", False),
+    "context_length_exceeded": ("too_long", False),
+    "payload_too_large": ("too_large", False),
     "payment_required": ("credits", False),
     "not_found": ("not_found", False),
     "content_policy_violation": ("moderation", False),
@@ -695,8 +686,8 @@ def _mapping(value: Any) -> Mapping[str, Any]:
 
 
 def _is_number(value: Any) -> TypeGuard[int | float]:
-    """Whether `value` is a number that can be added; True and False are none."""
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    """Whether `value` is a number that can be added; True, False, NaN and infinity are none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
 def _error_object(value: Any) -> Mapping[str, Any]:
@@ -704,9 +695,9 @@ def _error_object(value: Any) -> Mapping[str, Any]:
     return {"message": value} if isinstance(value, str) else _mapping(value)
 
 
-def _strings(value: Any) -> frozenset[str]:
-    """The strings of a list; nothing for anything else."""
-    return frozenset(v for v in value if isinstance(v, str)) if isinstance(value, list) else frozenset()
+def _strings(value: Any) -> list[str]:
+    """The strings of a list in order; nothing for anything else."""
+    return sorted({v for v in value if isinstance(v, str)}) if isinstance(value, list) else []
 
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:
@@ -716,22 +707,88 @@ def _objects(value: Any) -> list[Mapping[str, Any]]:
 
 def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
     """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
-    message = str(error.get("message") or "")
-    raw = metadata.get("raw")
-    if isinstance(raw, str) and raw.strip():
+    return _words_in(metadata.get("raw")) or _words_in(error.get("message")) or _words_in(error.get("detail"))
+
+
+def _words_in(value: Any) -> str:
+    """The sentence in a text, in JSON as a text, in an object or a list; no markup, no bare code."""
+    if isinstance(value, Mapping):
+        found = (_words_in(value.get(key)) for key in ("error", "message", "detail", "msg", "description"))
+        return next(filter(None, found), "")
+    if isinstance(value, list):
+        return "; ".join(filter(None, map(_words_in, value[:3])))
+    text = value.strip() if isinstance(value, str) else ""
+    if text[:1] in ("{", "[", '"'):
         with contextlib.suppress(ValueError):
-            decoded = _json_loads(raw)
-            inner = _mapping(decoded).get("error", decoded)
-            if isinstance(inner, str):
-                return inner
-            return str(_mapping(inner).get("message") or message)
-        return raw.strip()
-    return message
+            return _words_in(_json_loads(text))
+    is_markup = text.startswith(("<", "data:", "event:"))
+    return "" if is_markup or _CODE_WORD_RE.fullmatch(text) else text
 
 
-def _retry_after_s(headers: Mapping[str, str], availability: Mapping[str, Any], now: float) -> float | None:
-    """Seconds to wait as header (number or HTTP date) or body say; None when neither does."""
-    text = str(headers.get("Retry-After") or availability.get("retry_after") or "").strip()
+class _Refusal(NamedTuple):
+    """An error of OpenRouter's before or in a stream: what it says, and the headers beside it."""
+
+    error: Mapping[str, Any]
+    metadata: Mapping[str, Any]
+    headers: Mapping[str, str]
+
+    @property
+    def availability(self) -> Mapping[str, Any]:
+        """What it says of the model's availability."""
+        return _mapping(self.error.get("availability"))
+
+    def words(self) -> str:
+        """Its own words, with the reasons and the ways out that it names."""
+        words = _provider_words(self.error, self.metadata)
+        reasons = _strings(self.metadata.get("reasons")) + _strings(self.metadata.get("patterns"))
+        reasons += [f"excluded by {rule}" for rule in _strings(self.availability.get("excluded_by"))]
+        if words and reasons:
+            words = f"{words.rstrip('.')} ({', '.join(reasons)})"
+        flagged = self.metadata.get("flagged_input")
+        if words and isinstance(flagged, str) and flagged:
+            words = f"{words}: “{flagged}”"
+        instead = _strings(self.availability.get("fallback_models"))
+        if words and instead:
+            words = f"{words.rstrip('.')}. OpenRouter suggests {' or '.join(instead)} instead"
+        return words
+
+    def verdict(self, words: str, template: str, retryable: bool) -> tuple[str, bool]:
+        """(template, whether another try may help), where the words or the metadata know more."""
+        metadata, availability = self.metadata, self.availability
+        said = availability.get("retryable")
+        retryable = said if isinstance(said, bool) else retryable
+        if "free-models-per-day" in words:
+            return "daily_limit", False
+        if metadata.get("reasons"):
+            return "moderation", retryable
+        if metadata.get("patterns"):
+            return "guardrail", retryable
+        if availability.get("code") == "model_not_found":
+            return "unknown_model", retryable
+        if "maximum context length" in words or "context_length" in _strings(availability.get("excluded_by")):
+            return "too_long", retryable
+        if metadata.get("provider_name"):
+            template = {"refused": "provider_refused", "server": "provider"}.get(template, template)
+        return template, retryable
+
+    def wait_s(self, template: str, now: float) -> float | None:
+        """Seconds to wait before another try; None when nobody says."""
+        beside = {
+            str(name).lower(): str(text) for name, text in _mapping(self.metadata.get("headers")).items()
+        }
+
+        def header(name: str) -> str:
+            return str(self.headers.get(name) or beside.get(name.lower()) or "")
+
+        seconds = _retry_after_s(header("Retry-After") or self.availability.get("retry_after"), now)
+        if seconds is None and template == "daily_limit":
+            return _reset_s(header("X-RateLimit-Reset"), now)
+        return seconds
+
+
+def _retry_after_s(value: Any, now: float) -> float | None:
+    """Seconds to wait, given as a number or an HTTP date; None for anything else."""
+    text = str(value or "").strip()
     seconds = math.nan
     with contextlib.suppress(ValueError):
         seconds = parsedate_to_datetime(text).timestamp() - now if text else math.nan
@@ -740,13 +797,20 @@ def _retry_after_s(headers: Mapping[str, str], availability: Mapping[str, Any], 
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
 
-def _reset_s(headers: Mapping[str, str], now: float) -> float | None:
-    """Seconds until a limit begins anew; the header counts milliseconds of the epoch."""
+def _reset_s(milliseconds: str, now: float) -> float | None:
+    """Seconds until a limit begins anew, given in milliseconds of the epoch."""
     try:
-        seconds = float(headers.get("X-RateLimit-Reset", "")) / 1000 - now
+        seconds = float(milliseconds) / 1000 - now
     except ValueError:
         return None
     return seconds if 0 < seconds < 7 * 24 * 3600 else None
+
+
+def _as_status(code: Any) -> int | None:
+    """A code that is a number, also one in a string."""
+    if isinstance(code, str) and code.isdecimal() and code.isascii():
+        return int(code[:9])
+    return code if isinstance(code, int) and not isinstance(code, bool) else None
 
 
 def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
@@ -754,56 +818,51 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
 
     `now` is seconds since the epoch, for `Retry-After` given as a date.
     """
-    body: Mapping[str, Any] = {}
+    decoded: Any = None
     with contextlib.suppress(ValueError):
-        body = _mapping(_json_loads(content))
+        decoded = content.decode()
+        decoded = _json_loads(content)
+    if isinstance(decoded, list):
+        decoded = next(iter(_objects(decoded)), {})
+    body = _mapping(decoded)
     error = _error_object(body.get("error"))
     metadata = _mapping(error.get("metadata") or body.get("metadata"))
-    availability = _mapping(error.get("availability"))
-    code = error.get("code")
-    if status < 400 and isinstance(code, int):  # a late failure leaves with HTTP 200
-        status = code
-    words = _provider_words(error, metadata) or f"HTTP {status}"
-    reasons = _strings(metadata.get("reasons"))
-    if reasons:
-        words = f"{words.rstrip('.')} ({', '.join(sorted(reasons))})"
-    instead = _strings(availability.get("fallback_models"))
-    if instead:
-        words = f"{words.rstrip('.')}. OpenRouter suggests {' or '.join(sorted(instead))} instead"
-    retryable = bool(availability.get("retryable", status in _RETRYABLE_STATUS))
+    if status < 400:  # a late failure leaves with HTTP 200
+        status = _as_status(error.get("code")) or status
+    refusal = _Refusal(error or body, metadata, headers)
+    words = refusal.words() or ("" if body else _words_in(decoded))
     template = _STATUS_TEMPLATES.get(status, "provider")
-    if "free-models-per-day" in words:
-        template, retryable = "daily_limit", False
-    elif metadata.get("reasons"):
-        template = "moderation"
-    elif metadata.get("patterns"):
-        template = "guardrail"
-    elif template == "refused" and metadata.get("provider_name"):
-        template = "provider"
+    if not body and template == "provider":
+        template = "server"  # an edge in between, not a provider
+    template, retryable = refusal.verdict(words, template, status in _RETRYABLE_STATUS)
+    if template in ("provider", "server") and not retryable:
+        template = "refused"
     kind = _RetryableHTTPStatusError if retryable else OpenRouterAPIError
-    retry_after = _retry_after_s(headers, availability, now)
-    if template == "daily_limit" and retry_after is None:
-        retry_after = _reset_s(headers, now)
-    api_error = kind(words, template=template, retryable=retryable, retry_after=retry_after, status=status)
-    api_error.code = str(availability.get("code") or "")
+    wait_s = refusal.wait_s(template, now)
+    words = words or ("" if error.get("message") else f"HTTP {status}")
+    api_error = kind(words, template=template, retryable=retryable, retry_after=wait_s, status=status)
+    api_error.code = str(refusal.availability.get("code") or "")
     if status == 405 or (status == 404 and not error):  # no OpenRouter said this: the path is unknown
         api_error.code = _WRONG_ENDPOINT
     return api_error
 
 
-def _event_error(error: Mapping[str, Any], error_type: str = "") -> StreamError:
+def _event_error(error: Mapping[str, Any], error_type: str = "", now: float | None = None) -> StreamError:
     """Turn an error that came inside a stream (reference §10.2) into one error."""
     metadata = _mapping(error.get("metadata"))
     code = error.get("code")
-    error_type = error_type or str(metadata.get("error_type") or "")
-    words = _provider_words(error, metadata) or str(code or "the stream failed")
-    status = code if isinstance(code, int) else None
+    error_type = error_type or str(metadata.get("error_type") or error.get("error_type") or "")
+    status = _as_status(code)
+    refusal = _Refusal(error, metadata, {})
+    words = refusal.words()
+    fallback = ("rate_limit", True) if code == "rate_limit_exceeded" else ("provider", False)
     if status is not None:
         fallback = (_STATUS_TEMPLATES.get(status, "provider"), status in _RETRYABLE_STATUS)
-    else:
-        fallback = ("rate_limit", True) if code == "rate_limit_exceeded" else ("provider", False)
-    template, retryable = _ERROR_TYPES.get(error_type, fallback)
-    return StreamError(words, template=template, retryable=retryable, status=status)
+    elif error_type:
+        fallback = ("provider_refused", False)  # all types that may pass by are in the table
+    template, retryable = refusal.verdict(words, *_ERROR_TYPES.get(error_type, fallback))
+    wait_s = refusal.wait_s(template, time.time() if now is None else now)
+    return StreamError(words, template=template, retryable=retryable, retry_after=wait_s, status=status)
 
 
 # ── 4. Security & helpers ────────────────────────────────────────────────────
@@ -1288,13 +1347,13 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
         return None
     architecture = _mapping(entry.get("architecture"))
     context = entry.get("context_length")
-    parameters = _strings(entry.get("supported_parameters"))
+    parameters = frozenset(_strings(entry.get("supported_parameters")))
     return ModelSpec(
         id=model_id,
         name=str(entry.get("name") or model_id),
         context_length=context if isinstance(context, int) else None,
-        input_modalities=_strings(architecture.get("input_modalities")) or frozenset({"text"}),
-        output_modalities=_strings(architecture.get("output_modalities")) or frozenset({"text"}),
+        input_modalities=frozenset(_strings(architecture.get("input_modalities")) or ("text",)),
+        output_modalities=frozenset(_strings(architecture.get("output_modalities")) or ("text",)),
         supported_parameters=parameters,
         reasoning=isinstance(entry.get("reasoning"), Mapping) or "reasoning" in parameters,
     )
@@ -1878,7 +1937,7 @@ class SSEDecoder:
     def __init__(self, max_frame_bytes: int = _MAX_FRAME_BYTES) -> None:
         self._max_frame_bytes = max_frame_bytes
         self._pieces: list[bytes] = []  # a line whose end has not come
-        self._data: list[bytes] = []  # the data lines of the open frame
+        self.open_lines: list[bytes] = []  # the data lines of the open frame
         self._size = 0
         self._skip_lf = False  # the last byte was a CR, which an LF may still belong to
         self._first_line = True
@@ -1906,14 +1965,14 @@ class SSEDecoder:
         if self._pieces:
             start = chunk.find(b"\n") + 1
             self._end_line(chunk[: start - 1], frames)
-        if self._data and chunk.startswith(b"\n", start):
+        if self.open_lines and chunk.startswith(b"\n", start):
             self._take_lines((b"",), frames)
             start += 1
         if start < end:
             self._take(chunk[start:end], frames)
         if self._size + end > self._max_frame_bytes:
             self._check_sizes(frames)
-        self._size = sum(map(len, self._data))
+        self._size = sum(map(len, self.open_lines))
         self._keep(chunk[end:])
         return frames
 
@@ -1921,7 +1980,7 @@ class SSEDecoder:
         """Whether the read is one whole frame of one line, as nearly every read of a slow stream is."""
         size = len(chunk)
         return (
-            not (self._size or self._first_line or self._skip_lf)
+            not (self._size or self.open_lines or self._first_line or self._skip_lf)
             and chunk.find(b"\n") == size - 2
             and chunk.endswith(b"\n\n")
             and chunk.startswith(b"data: ")
@@ -1957,7 +2016,7 @@ class SSEDecoder:
         if pieces[0].startswith(b"data: "):
             self._first_line = False
             pieces[0] = pieces[0][6:]
-            self._data.append(b"".join(pieces))
+            self.open_lines.append(b"".join(pieces))
         else:
             self._take_lines((self._without_mark(b"".join(pieces)),), frames)
 
@@ -1972,7 +2031,7 @@ class SSEDecoder:
         """Add the frames that `text`, whole lines each with its end, completes."""
         blocks = self._without_mark(text).split(b"\n\n")
         last = blocks.pop()
-        if not self._data and text.count(b"\n") == 2 * len(blocks):
+        if not self.open_lines and text.count(b"\n") == 2 * len(blocks):
             quick = [block[6:] for block in blocks if block.startswith(b"data: ")]
             if len(quick) == len(blocks):  # one line each, as nearly all reads of a fast stream are
                 frames += quick
@@ -1984,12 +2043,12 @@ class SSEDecoder:
     def _take_lines(self, lines: Iterable[bytes], frames: list[SSEFrame]) -> None:
         for line in lines:
             if line.startswith(b"data:"):
-                self._data.append(line[6:] if line[5:6] == b" " else line[5:])
+                self.open_lines.append(line[6:] if line[5:6] == b" " else line[5:])
             elif line == b"data":
-                self._data.append(b"")
-            elif not line and self._data:
-                frames.append(b"\n".join(self._data))
-                self._data.clear()
+                self.open_lines.append(b"")
+            elif not line and self.open_lines:
+                frames.append(b"\n".join(self.open_lines))
+                self.open_lines.clear()
 
 
 def parse_frames(frames: Iterable[SSEFrame]) -> Iterator[StreamEvent]:
@@ -2018,7 +2077,7 @@ def parse_frames(frames: Iterable[SSEFrame]) -> Iterator[StreamEvent]:
 class _Item:
     """One output item while it streams; `number` is its place in order of arrival."""
 
-    __slots__ = ("closed", "id", "index", "number", "parts", "payload", "type")
+    __slots__ = ("closed", "details", "form", "id", "index", "number", "parts", "payload", "type")
 
     def __init__(self, number: int, payload: JSONObject, index: int | None) -> None:
         self.number = number
@@ -2027,6 +2086,8 @@ class _Item:
         self.index = index
         self.payload = payload
         self.parts: dict[tuple[str, int], list[str]] = {}
+        self.form = ""  # the name of the newest text
+        self.details: dict[str, int] = {}  # chat only: where a reasoning detail is kept
         self.closed = False
 
     def text(self, name: str, part: int = 0) -> str:
@@ -2037,7 +2098,7 @@ class _Item:
 class StreamState:
     """What one upstream call has said so far."""
 
-    __slots__ = ("by_id", "by_index", "cited", "ended", "finish", "items", "unknown", "usage")
+    __slots__ = ("by_id", "by_index", "cited", "ended", "finish", "items", "pictures", "unknown", "usage")
 
     def __init__(self) -> None:
         self.items: list[_Item] = []
@@ -2047,6 +2108,7 @@ class StreamState:
         self.usage: UsageStats | None = None
         self.unknown: dict[str, int] = {}
         self.finish = ""  # chat only: the finish_reason
+        self.pictures: set[int] = set()  # chat only: hashes of those that came
         self.ended = False
 
 
@@ -2161,9 +2223,13 @@ def _add_item(state: StreamState, payload: JSONObject, index: Any) -> _Item:
 
 
 def _grow(item: _Item, name: str, part: Any, text: Any) -> list[Emission]:
-    """Give out more text of a part."""
+    """Give out more text of a part. Of reasoning that comes in two forms the first is shown."""
     if item.closed or not isinstance(text, str) or not text:
         return []
+    if item.form != name:
+        if item.form in _REASONING_FORMS and name in _REASONING_FORMS:
+            return []
+        item.form = name
     part = part if isinstance(part, int) else 0
     place = name, part
     if place in item.parts:
@@ -2182,6 +2248,7 @@ def _fill(item: _Item, name: str, part: Any, full: Any) -> list[Emission]:
     return _grow(item, name, part, full[len(shown) :]) if full.startswith(shown) else []
 
 
+_REASONING_FORMS: Final = ("summary", "reasoning")
 _DELTAS: Final[dict[str, Callable[[int, str, int], Emission]]] = {
     "text": lambda number, text, part: TextDelta(number, text),
     "refusal": lambda number, text, part: RefusalDelta(number, text),
@@ -2243,6 +2310,13 @@ def _on_custom_input(state: StreamState, payload: JSONObject) -> list[Emission]:
     return []
 
 
+def _on_custom_input_done(state: StreamState, payload: JSONObject) -> list[Emission]:
+    item = _find_item(state, payload, "custom_tool_call")
+    if isinstance(payload.get("input"), str):
+        item.payload = {**item.payload, "input": payload["input"]}
+    return []
+
+
 def _on_tool_progress(state: StreamState, payload: JSONObject) -> list[Emission]:
     """`response.<kind>.<state>`: says something only if the item was never announced."""
     kind = str(payload["type"]).split(".")[1]
@@ -2268,7 +2342,7 @@ def _on_item_added(state: StreamState, payload: JSONObject) -> list[Emission]:
     if item.type == "reasoning":
         return [ReasoningDelta(item.number, "")]
     if item.type in _SERVER_TOOLS or item.type.startswith("openrouter:"):
-        return [ServerToolProgress(item.type, "in_progress")]
+        return [ServerToolProgress(item.type, "in_progress", _query(item))]
     return []
 
 
@@ -2307,7 +2381,8 @@ def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
         return []
     state.cited.add(url)
     title = str(annotation.get("title") or "") or _host_of(url)
-    return [CitationFound(url, title, str(annotation.get("content") or ""))]
+    snippet = str(annotation.get("content") or "")
+    return [CitationFound(*map(_whole_text, (url, title, snippet)))]
 
 
 def _host_of(url: str) -> str:
@@ -2323,18 +2398,56 @@ def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
         return []
     index = payload.get("output_index")
     known = _named_item(state, index, done.get("id"), done.get("type"))
-    return _finish_item(state, known or _add_item(state, done, index), done)
+    item = known or _add_item(state, done, index)
+    if str(done.get("type")) in _ENDED_LATER and not item.closed:
+        _learn(item, done)
+        return []
+    if done.get("type") == "message" and not done.get("content"):
+        return []  # the final object may know more
+    return _finish_item(state, item, done)
+
+
+def _learn(item: _Item, done: Mapping[str, Any]) -> None:
+    """Take over what `done` says; what it leaves empty stays as it was."""
+    item.type = str(done.get("type") or item.type)
+    known = item.payload
+    item.payload = {**known, **{key: value for key, value in done.items() if value or key not in known}}
 
 
 def _finish_item(state: StreamState, item: _Item, done: JSONObject) -> list[Emission]:
     if item.closed:
-        return []
-    item.type = str(done.get("type") or item.type)
-    item.payload = {**item.payload, **done}
+        return _finish_late(state, item, done)
+    _learn(item, done)
     finish = _ITEM_FINISHERS.get(item.type, _finish_server_tool)
     emissions = finish(state, item)
     item.closed = True
     return emissions
+
+
+def _finish_late(state: StreamState, item: _Item, final: JSONObject) -> list[Emission]:
+    """What the final object adds to an item that had ended: sources, more text, a picture."""
+    if item.type in _IMAGE_TYPES and not item.parts and _picture(final):
+        return [MediaProduced(item.number, _picture(final))]
+    if item.type != "message":
+        return []
+    rest: list[JSONObject] = []
+    emissions: list[Emission] = []
+    for number, part in enumerate(_objects(final.get("content"))):
+        for annotation in _objects(part.get("annotations")):
+            emissions += _cite(state, annotation)
+        name, key = _PARTS.get(str(part.get("type")), ("", ""))
+        full, shown = part.get(key), item.text(name, number)
+        if isinstance(full, str) and full != shown and full.startswith(shown):
+            rest.append({"type": part["type"], key: full[len(shown) :]})
+    if rest:
+        more = _add_item(state, {"type": "message", "content": rest}, None)
+        emissions += _finish_item(state, more, {})
+    return emissions
+
+
+# Calls are asked for when the stream has ended well: nobody may run one earlier, and their arguments
+# may be complete in the final object only.
+_ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
 
 
 def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
@@ -2362,7 +2475,7 @@ def _finish_call(state: StreamState, item: _Item) -> list[Emission]:
         arguments = _json_dumps(arguments).decode()
     name = str(item.payload.get("name") or "")
     call_id = str(item.payload.get("call_id") or item.id or f"call_{item.number}")
-    return [ToolRequested(ToolCall(call_id, name, arguments), item.number)] if name else []
+    return [ToolRequested(ToolCall(call_id, name, _whole_text(arguments)), item.number)] if name else []
 
 
 def _finish_custom_call(state: StreamState, item: _Item) -> list[Emission]:
@@ -2373,27 +2486,37 @@ def _finish_custom_call(state: StreamState, item: _Item) -> list[Emission]:
 
 
 def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
-    source = next((v for key in _IMAGE_KEYS if isinstance(v := item.payload.get(key), str) and v), None)
-    produced = [MediaProduced(item.number, source)] if source else []
-    return [*produced, *_finish_server_tool(state, item)]
+    source = _picture(item.payload)
+    if not source:
+        return _finish_server_tool(state, item)
+    item.parts["picture", 0] = []
+    return [MediaProduced(item.number, source), *_finish_server_tool(state, item)]
+
+
+def _picture(payload: Mapping[str, Any]) -> str:
+    return next((v for key in _IMAGE_KEYS if isinstance(v := payload.get(key), str) and v), "")
 
 
 def _finish_server_tool(state: StreamState, item: _Item) -> list[Emission]:
-    query = str(_mapping(item.payload.get("action")).get("query") or "")
-    return [ServerToolProgress(item.type, str(item.payload.get("status") or "completed"), query)]
+    status = str(item.payload.get("status") or "completed")
+    return [ServerToolProgress(item.type, "completed" if status == "in_progress" else status, _query(item))]
+
+
+def _query(item: _Item) -> str:
+    return _whole_text(str(_mapping(item.payload.get("action")).get("query") or ""))
 
 
 _IMAGE_KEYS: Final = ("result", "imageB64", "imageUrl")
 _SERVER_TOOLS: Final = frozenset(
     {"web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "computer_call"}
 )
+_IMAGE_TYPES: Final = ("image_generation_call", "openrouter:image_generation")
 _ITEM_FINISHERS: Final[dict[str, Callable[[StreamState, _Item], list[Emission]]]] = {
     "message": _finish_message,
     "reasoning": _finish_reasoning,
     "function_call": _finish_call,
     "custom_tool_call": _finish_custom_call,
-    "image_generation_call": _finish_image,
-    "openrouter:image_generation": _finish_image,
+    **dict.fromkeys(_IMAGE_TYPES, _finish_image),
 }
 
 
@@ -2404,22 +2527,26 @@ def _on_nothing(state: StreamState, payload: JSONObject) -> list[Emission]:
     return []
 
 
-def _on_completed(state: StreamState, payload: JSONObject) -> list[Emission]:
+def _end(state: StreamState, payload: JSONObject, outcome: str) -> list[Emission]:
+    """The end, as the event says and, more exactly, the status inside."""
     response = _mapping(payload.get("response"))
+    status = str(response.get("status") or "")
+    if status == "failed":
+        return _on_failed(state, payload)
+    reason = str(_mapping(response.get("incomplete_details")).get("reason") or "")
+    if status == "cancelled":
+        return [*_finish_all(state, response), TurnEnded("incomplete", reason or status)]
+    if "incomplete" in (outcome, status):
+        return [*_finish_all(state, response), TurnEnded("incomplete", reason)]
     return [*_finish_all(state, response), TurnEnded("completed")]
 
 
+def _on_completed(state: StreamState, payload: JSONObject) -> list[Emission]:
+    return _end(state, payload, "completed")
+
+
 def _on_incomplete(state: StreamState, payload: JSONObject) -> list[Emission]:
-    response = _mapping(payload.get("response"))
-    reason = str(_mapping(response.get("incomplete_details")).get("reason") or "")
-    return [*_finish_all(state, response), TurnEnded("incomplete", reason)]
-
-
-def _on_done(state: StreamState, payload: JSONObject) -> list[Emission]:
-    """`response.done` is an alias; the status inside says how it ended."""
-    status = str(_mapping(payload.get("response")).get("status") or "completed")
-    ends = {"failed": _on_failed, "incomplete": _on_incomplete}
-    return ends.get(status, _on_completed)(state, payload)
+    return _end(state, payload, "incomplete")
 
 
 def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
@@ -2520,7 +2647,7 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     "response.function_call_arguments.delta": _on_call_arguments,
     "response.function_call_arguments.done": _on_call_arguments_done,
     "response.custom_tool_call_input.delta": _on_custom_input,
-    "response.custom_tool_call_input.done": _on_nothing,
+    "response.custom_tool_call_input.done": _on_custom_input_done,
     "response.apply_patch_call_operation_diff.delta": _on_nothing,
     "response.apply_patch_call_operation_diff.done": _on_nothing,
     "response.web_search_call.in_progress": _on_tool_progress,
@@ -2540,7 +2667,7 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     "response.code_interpreter_call_code.done": _on_nothing,
     "response.completed": _on_completed,
     "response.incomplete": _on_incomplete,
-    "response.done": _on_done,
+    "response.done": _on_completed,
     "response.failed": _on_failed,
     "response.error": _on_error,
     "error": _on_error,
@@ -2580,7 +2707,7 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
     emissions: list[Emission] = []
     choices = chunk.get("choices")
     choice = _mapping(choices[0]) if isinstance(choices, list) and choices else {}
-    delta = _mapping(choice.get("delta") or choice.get("message"))
+    delta = _mapping(choice.get("delta")) or _rest_of(state, _mapping(choice.get("message")))
     for key, reduce in _CHAT_REDUCERS.items():
         if delta.get(key):
             emissions += reduce(state, delta)
@@ -2593,6 +2720,27 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
         spent: list[Emission] = [UsageReported(state.usage)] if state.usage is not None else []
         return [*emissions, *spent, *_on_error(state, chunk)]
     return [*emissions, *_end_chat(state)] if state.finish and isinstance(usage, dict) else emissions
+
+
+def _rest_of(state: StreamState, message: Mapping[str, Any]) -> JSONObject:
+    """What a whole message adds to the deltas before it."""
+    rest = dict(message)
+    for key, (item_name, name) in _CHAT_TEXTS.items():
+        item, full = state.by_id.get(item_name), rest.get(key)
+        shown = item.text(name) if item is not None else ""
+        if shown:
+            rest[key] = full[len(shown) :] if isinstance(full, str) and full.startswith(shown) else None
+    if state.items:
+        for key in ("tool_calls", "reasoning_details"):
+            rest.pop(key, None)
+    return rest
+
+
+_CHAT_TEXTS: Final = {
+    "content": ("message", "text"),
+    "refusal": ("message", "refusal"),
+    "reasoning": ("reasoning", "reasoning"),
+}
 
 
 def _end_chat(state: StreamState) -> list[Emission]:
@@ -2627,7 +2775,10 @@ def _close_reasoning(state: StreamState) -> list[Emission]:
 
 def _on_chat_content(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     emissions = _close_reasoning(state)
-    return emissions + _grow(_chat_item(state, "message", "message"), "text", 0, delta["content"])
+    content = delta["content"]
+    if isinstance(content, list):
+        content = "".join(str(part.get("text") or "") for part in _objects(content))
+    return emissions + _grow(_chat_item(state, "message", "message"), "text", 0, content)
 
 
 def _on_chat_refusal(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
@@ -2659,9 +2810,8 @@ _DETAIL_TEXTS: Final = ("text", "summary", "data")
 def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
     """Add a fragment to the detail of its index and type; its texts are joined when the item closes."""
     details: list[JSONObject] = item.payload.setdefault("reasoning_details", [])
-    kind = (fragment.get("index"), fragment.get("type"))
-    kinds = [(detail.get("index"), detail.get("type")) for detail in details]
-    number = kinds.index(kind) if kind in kinds else len(details)
+    kind = f"{fragment.get('index')!r} {fragment.get('type')!r}"
+    number = item.details.setdefault(kind, len(details))
     if number == len(details):
         details.append({})
     detail = details[number]
@@ -2713,8 +2863,13 @@ def _chat_call(state: StreamState, call: Mapping[str, Any]) -> _Item:
 
 
 def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    urls = (_mapping(image.get("image_url")).get("url") for image in _objects(delta["images"]))
-    return [MediaProduced(len(state.items), url) for url in urls if isinstance(url, str) and url]
+    emissions: list[Emission] = []
+    for image in _objects(delta["images"]):
+        url = _mapping(image.get("image_url")).get("url")
+        if isinstance(url, str) and url and hash(url) not in state.pictures:
+            state.pictures.add(hash(url))
+            emissions.append(MediaProduced(len(state.items), url))
+    return emissions
 
 
 def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
@@ -2758,12 +2913,13 @@ class _Reads:
     and then, how long somebody has been waiting. While nobody reads, nothing is late.
     """
 
-    __slots__ = ("_content", "_idle_s", "_loop", "_timer", "_waiting_since")
+    __slots__ = ("_begun", "_content", "_idle_s", "_loop", "_timer", "_waiting_since")
 
     def __init__(self, response: aiohttp.ClientResponse, idle_s: float | None = None) -> None:
         self._content = response.content
         self._loop = asyncio.get_running_loop()
         self._waiting_since: float | None = None
+        self._begun = False
         self._idle_s = idle_s or 0.0
         self._timer = self._loop.call_later(idle_s, self._look) if idle_s else None
         if idle_s and response.connection is not None and response.connection.protocol is not None:
@@ -2777,10 +2933,22 @@ class _Reads:
         try:
             chunk = await self._content.readany()
         except (aiohttp.ClientError, TimeoutError, OSError) as exc:
-            raise _network_error(exc) from exc
+            chunk = self._left_over()
+            if not chunk:
+                raise _network_error(exc, begun=self._begun) from exc
+        self._begun = True
         self._waiting_since = None
         if not chunk:
             raise StopAsyncIteration
+        return chunk
+
+    def _left_over(self) -> bytes:
+        """What had arrived before the connection broke: aiohttp itself gives out nothing after that."""
+        pieces = getattr(self._content, "_buffer", None)
+        if not pieces:
+            return b""
+        chunk = b"".join(pieces)
+        pieces.clear()
         return chunk
 
     def _look(self) -> None:
@@ -2833,7 +3001,8 @@ class OpenRouterClient:
         async with self._request("POST", connection, path, payload) as response:
             if "json" in response.content_type:  # a late failure, or a proxy that does not stream
                 content = await self._read(response, _MAX_JSON_BYTES)
-                raise _api_error(response.status, response.headers, content, self._now())
+                content = content.replace(connection.key.encode(), b"[the key]")
+                raise _unstreamed(response.status, response.headers, content, self._now())
             if response.content_type == "text/html":
                 words = "The address in BASE_URL answers with a web page; an administrator has to correct it"
                 raise OpenRouterAPIError(words, template="configuration")
@@ -2903,6 +3072,15 @@ class OpenRouterClient:
         return self._session
 
 
+def _unstreamed(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
+    """The error in an answer that is JSON instead of a stream; a whole answer there is one as well."""
+    with contextlib.suppress(ValueError):
+        if _mapping(_json_loads(content)).get("error"):
+            return _api_error(status, headers, content, now)
+    words = "The address in BASE_URL answers without streaming; an administrator has to correct it"
+    return OpenRouterAPIError(words, template="configuration")
+
+
 def _dispose(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) -> None:
     """Close the sockets of a session that was left behind, whichever thread finds it."""
     connector = session.connector
@@ -2931,15 +3109,18 @@ def _proxy_for(url: str) -> str | None:
     return getproxies().get(parts.scheme)
 
 
-def _network_error(exc: BaseException) -> StreamError:
-    """A failure below HTTP, in words that hold no address and no key."""
+def _network_error(exc: BaseException, *, begun: bool = False) -> StreamError:
+    """A failure below HTTP, in words that hold no address and no key. `begun`: some of the body had come."""
     if isinstance(exc, TimeoutError):
-        return StreamError("No answer came in time", template="timeout", retryable=True)
+        words = "Nothing more came for too long" if begun else ""
+        return StreamError(words, template="broken" if begun else "timeout", retryable=True)
+    if begun:
+        return StreamError("The connection was cut", template="broken", retryable=True)
     words = {
         aiohttp.ClientConnectorCertificateError: "Its certificate could not be verified",
         aiohttp.ClientConnectorDNSError: "Its name could not be resolved",
         aiohttp.ClientConnectorError: "The connection was refused or failed",
-        aiohttp.ClientPayloadError: "The connection was cut in the middle of the answer",
+        aiohttp.ClientPayloadError: "The connection was cut before the answer",
         aiohttp.ServerDisconnectedError: "The server closed the connection",
         ValueError: "The valve BASE_URL is not a valid address",
     }
@@ -2989,7 +3170,7 @@ Entry = JSONObject | Piece
 
 
 class DeltaBuffer:
-    """Text that waits for its reader: joined, and whole where UTF-16 pairs were split.
+    """Text that waits for its reader, joined.
 
     `char_limit` characters leave at once, fewer after `idle_s` seconds; `now` is in seconds.
     """
@@ -3000,7 +3181,6 @@ class DeltaBuffer:
         self._pieces: list[str] = []
         self._since = 0.0
         self.size = 0  # characters that wait
-        self._half = ""  # the first half of a pair; its other half is on the way
 
     def push(self, text: str, now: float) -> None:
         """Add text that has arrived."""
@@ -3017,17 +3197,12 @@ class DeltaBuffer:
             return 0.0
         return max(0.0, self._since + self._idle_s - now)
 
-    def flush(self, *, final: bool = False) -> str:
-        """Take all that can leave. A split pair waits for its half, unless nothing can follow."""
-        text = self._half + "".join(self._pieces)
+    def flush(self) -> str:
+        """Take all of it."""
+        text = "".join(self._pieces)
         self._pieces.clear()
         self.size = 0
-        self._half = ""
-        if text.isascii():
-            return text
-        if not final and "\ud800" <= text[-1] <= "\udbff":
-            self._half, text = text[-1], text[:-1]
-        return _whole_text(text)
+        return text
 
 
 class Outlet:
@@ -3053,6 +3228,8 @@ class Outlet:
     def put(self, entry: Entry) -> None:
         """Queue an entry behind all others."""
         if isinstance(entry, Piece):
+            if not entry.text:
+                return
             if entry.build is not self._build:
                 self._flush_pending()
                 self._build = entry.build
@@ -3073,11 +3250,8 @@ class Outlet:
         if build is None:
             return
         chars = self._buffer.size
-        text = self._buffer.flush(final=True)
-        if text:
-            self._entries.append((build(text), chars))
-        else:
-            self._waiting_chars -= chars
+        if chars:
+            self._entries.append((build(self._buffer.flush()), chars))
 
     async def room(self) -> None:
         """Wait while too much waits for the reader."""
@@ -3145,8 +3319,7 @@ class Outlet:
             if self._holds_back and self._shown and (due := self._buffer.due(self._clock())):
                 return None, due
             chars = self._buffer.size
-            text = self._buffer.flush()
-            chunk = self._build(text) if text else None
+            chunk = self._build(self._buffer.flush())
         self._shown = self._shown or chars > 0
         self._waiting_chars -= chars
         if self.full:
@@ -3168,7 +3341,7 @@ class Outlet:
 class _OpenItem:
     """An item that the host shows and has not seen the end of; `opened_at` by the writer's clock."""
 
-    __slots__ = ("build", "id", "index", "opened_at", "part", "pieces", "type")
+    __slots__ = ("build", "half", "id", "index", "opened_at", "part", "pieces", "type")
 
     def __init__(
         self, index: int, kind: str, build: Callable[[str], JSONObject], opened_at: float = 0.0
@@ -3180,6 +3353,21 @@ class _OpenItem:
         self.id = ""
         self.pieces: list[str] = []
         self.part: tuple[str, int] | None = None
+        self.half = ""  # the first half of a UTF-16 pair; the other half is on the way
+
+    def say(self, text: str) -> list[Entry]:
+        """`text` as it may leave: pairs joined; half of one at its end waits for the next text."""
+        if self.half or not text.isascii():
+            text, self.half = self.half + text, ""
+            if "\ud800" <= text[-1] <= "\udbff":
+                text, self.half = text[:-1], text[-1]
+            text = _whole_text(text)
+        return [_new_tuple(Piece, (self.build, text))] if text else []
+
+    def say_rest(self) -> list[Entry]:
+        """A half whose other half never came."""
+        half, self.half = self.half, ""
+        return [Piece(self.build, "\ufffd")] if half else []
 
 
 class _Writer:
@@ -3215,6 +3403,9 @@ class _BrowserWriter(_Writer):
         self._usage: JSONObject | None = None
 
     def _start(self, number: int, kind: str, entries: list[Entry]) -> _OpenItem:
+        stale = self._open.pop(number, None)
+        if stale is not None:  # of a try that failed before it wrote anything
+            entries += self._close(stale, "completed")
         prefix, event, place = _HOST_ITEMS[kind]
         item_id, index = _new_item_id(prefix), self._next_index
         self._next_index += 1
@@ -3239,23 +3430,29 @@ class _BrowserWriter(_Writer):
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
         entries: list[Entry] = []
-        item = self._open.get(delta.item) or self._start(delta.item, "message", entries)
+        item = self._open.get(delta.item)
+        if item is None or item.type != "message":
+            item = self._start(delta.item, "message", entries)
         item.pieces.append(delta.text)
-        entries.append(_new_tuple(Piece, (item.build, delta.text)))
-        return entries
+        return entries + item.say(delta.text)
 
     def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
         entries: list[Entry] = []
-        item = self._open.get(delta.item) or self._start(delta.item, "reasoning", entries)
+        item = self._open.get(delta.item)
+        if item is None or item.type != "reasoning":
+            item = self._start(delta.item, "reasoning", entries)
         text = _with_paragraph(item, delta)
         if text and self._show_thinking:
             item.pieces.append(text)
-            entries.append(Piece(item.build, text))
+            entries += item.say(text)
         return entries
 
     def _write_closed(self, closed: ItemClosed) -> list[Entry]:
         item = self._open.pop(closed.item, None)
-        return [self._event("done", item, "completed")] if item is not None else []
+        return self._close(item, "completed") if item is not None else []
+
+    def _close(self, item: _OpenItem, status: str) -> list[Entry]:
+        return [*item.say_rest(), self._event("done", item, status)]
 
     def _keep_call(self, requested: ToolRequested) -> list[Entry]:
         # Held back until the upstream call has ended well: the host runs whatever it has seen.
@@ -3279,8 +3476,8 @@ class _BrowserWriter(_Writer):
         entries = [*self._close_all("incomplete"), *self._usage_event(always=False)]
         return [*entries, {"error": {"message": failed.error.user_message}}]
 
-    def _close_all(self, status: str) -> list[JSONObject]:
-        entries = [self._event("done", item, status) for item in self._open.values()]
+    def _close_all(self, status: str) -> list[Entry]:
+        entries = [entry for item in self._open.values() for entry in self._close(item, status)]
         self._open.clear()
         return entries
 
@@ -3351,7 +3548,11 @@ class _BrowserJSONWriter(_BrowserWriter):
 
     def write(self, emission: Emission) -> Iterable[Entry]:
         """Keep what the browser dialect would have sent."""
-        for entry in super().write(emission):
+        self._keep(super().write(emission))
+        return ()
+
+    def _keep(self, entries: Iterable[Entry]) -> None:
+        for entry in entries:
             if isinstance(entry, Piece):
                 continue
             if "error" in entry:
@@ -3360,12 +3561,10 @@ class _BrowserJSONWriter(_BrowserWriter):
                 self._items[entry["output_index"]] = entry["item"]
             elif entry["type"] == "response.completed":
                 self._totals = _merge_usage_stats(self._totals, entry["response"].get("usage") or {})
-        return ()
 
     def result(self) -> JSONObject:
         """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
-        for entry in self._close_all("incomplete"):  # somebody pressed Stop
-            self._items[entry["output_index"]] = entry["item"]
+        self._keep(self._close_all("incomplete"))  # somebody pressed Stop
         items = [self._items[index] for index in sorted(self._items)]
         if not items and self._error is None:  # of nothing at all the host would keep no usage
             content = [{"type": "output_text", "text": "", "annotations": []}]
@@ -3420,22 +3619,22 @@ class _ChunkWriter(_Writer):
 
     def _start(self, number: int, kind: str) -> _OpenItem:
         item = self._open.get(number)
-        if item is None:
+        if item is None or item.type != kind:
             build = self._build_content if kind == "message" else self._build_reasoning
             item = self._open[number] = _OpenItem(number, kind, build)
         return item
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
-        fresh = delta.item not in self._open
+        known = self._open.get(delta.item)
         item = self._start(delta.item, "message")
+        fresh = item is not known
         self._texts += fresh
-        text = "\n" + delta.text if fresh and self._texts > 1 else delta.text
-        return [Piece(item.build, text)]
+        return item.say("\n" + delta.text if fresh and self._texts > 1 else delta.text)
 
     def _write_reasoning(self, delta: ReasoningDelta) -> list[Entry]:
         item = self._start(delta.item, "reasoning")
         text = _with_paragraph(item, delta)
-        return [Piece(item.build, text)] if text and self._show_thinking else []
+        return item.say(text) if text and self._show_thinking else []
 
     def _write_citation(self, citation: CitationFound) -> list[Entry]:
         source = {"url": citation.url, "title": citation.title, "content": citation.snippet}
@@ -3452,7 +3651,7 @@ class _ChunkWriter(_Writer):
 
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
         calls = _in_order(self._calls) if ended.outcome == "completed" else []
-        entries: list[Entry] = []
+        entries = [entry for item in self._open.values() for entry in item.say_rest()]
         if calls:
             tool_calls = [
                 {"index": index, "id": call.call_id, "type": "function", "function": call.function()}
@@ -3467,7 +3666,8 @@ class _ChunkWriter(_Writer):
         return entries
 
     def _write_failure(self, failed: Failed) -> list[Entry]:
-        return [{"error": _api_error_object(failed.error)}]
+        rest = [entry for item in self._open.values() for entry in item.say_rest()]
+        return [*rest, {"error": _api_error_object(failed.error)}]
 
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
         TextDelta: _write_text,
@@ -3487,6 +3687,7 @@ class _CompletionWriter(_ChunkWriter):
     def __init__(self, model: str, completion_id: str, created: int, show_thinking: bool) -> None:
         super().__init__(model, completion_id, created, show_thinking)
         self._message: JSONObject = {"role": "assistant", "content": ""}
+        self._said: dict[str, list[str]] = {}  # the texts of the message, in pieces
         self._finish: str | None = None
         self._error: JSONObject | None = None
 
@@ -3505,19 +3706,19 @@ class _CompletionWriter(_ChunkWriter):
         for key, value in delta.items():
             if key == "role":
                 continue
+            if isinstance(value, str):
+                self._said.setdefault(key, []).append(value)
+                continue
             if key == "tool_calls":
                 value = [{k: v for k, v in call.items() if k != "index"} for call in value]
-            old = self._message.get(key)
-            self._message[key] = old + value if old else value
+            self._message.setdefault(key, []).extend(value)
 
     def result(self) -> JSONObject:
         """`{id, object, created, model, choices, usage}`, or `{error}` if the answer broke off."""
         if self._error is not None:
             return {"error": self._error}
-        for key in ("content", "reasoning_content"):
-            if key in self._message:
-                self._message[key] = _whole_text(self._message[key])
-        choice = {"index": 0, "message": self._message, "finish_reason": self._finish or "stop"}
+        texts = {key: "".join(pieces) for key, pieces in self._said.items()}
+        choice = {"index": 0, "message": {**self._message, **texts}, "finish_reason": self._finish or "stop"}
         result = {**self._head, "object": "chat.completion", "choices": [choice]}
         if self._totals:
             result["usage"] = _chat_usage(self._totals)
@@ -3576,7 +3777,8 @@ class _SafeEmitter:
         if self._emit is None:
             return
         try:
-            await self._emit(event)
+            async with asyncio.timeout(_EMIT_S):
+                await self._emit(event)
         except Exception as exc:
             self._emit = None
             LOGGER.warning("Open WebUI takes no more events for this answer: %s", type(exc).__name__)
@@ -3605,6 +3807,7 @@ class Emitter:
         self._emit = emit
         self._clock = clock
         self._first_at: float | None = None  # when the model began to write
+        self._ended_at: float | None = None  # when it had written
         self._page = page
         self._cited: set[str] = set()
         self._warnings: list[str] = []
@@ -3673,7 +3876,10 @@ class Emitter:
         if words is None:
             return
         begun = progress.status == "in_progress"
-        text = words[0] if begun else words[1]
+        text = words[0] if begun else words[2 if progress.status in _FAILED_STATUSES else 1]
+        if not text:
+            await self._emit_status(StatusUpdate(words[0], done=True, hidden=True))
+            return
         await self._emit_status(
             StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
         )
@@ -3687,6 +3893,7 @@ class Emitter:
         self._usage = _merge_usage_stats(self._usage, reported.usage)
 
     async def _note_end(self, ended: TurnEnded) -> None:
+        self._ended_at = self._clock()
         if ended.outcome == "incomplete":
             self._warnings.append(_INCOMPLETE_WORDS.get(ended.reason, "The answer is not complete"))
         elif self._empty:
@@ -3711,7 +3918,8 @@ class Emitter:
 
     async def _emit_completion(self, elapsed_s: float, show_usage: bool, spent_before: float) -> None:
         """The last status: what the person must know, and what the answer took."""
-        writing_s = 0.0 if self._first_at is None else self._clock() - self._first_at
+        began, ended = self._first_at, self._ended_at
+        writing_s = 0.0 if began is None else (self._clock() if ended is None else ended) - began
         parts = list(self._warnings)
         if show_usage:
             parts += _usage_words(self._usage, elapsed_s, writing_s, spent_before)
@@ -3747,20 +3955,23 @@ class Emitter:
 _TEXT_ANSWERS: Final = (TextDelta, RefusalDelta, MediaProduced)
 _ANSWERS: Final = (*_TEXT_ANSWERS, ToolRequested)
 _WRITTEN: Final = (TextDelta, RefusalDelta, ReasoningDelta)
-_SERVER_TOOL_WORDS: Final[dict[str, tuple[str, str]]] = {
-    "web_search": ("Searching the web", "Searched the web"),
-    "web_fetch": ("Reading a page", "Read a page"),
-    "file_search": ("Searching files", "Searched files"),
-    "image_generation": ("Making a picture", "Made a picture"),
-    "code_interpreter": ("Running code", "Ran code"),
-    "fusion": ("Asking several models", "Asked several models"),
-    "advisor": ("Asking an advisor", "Asked an advisor"),
-    "subagent": ("A helper works on it", "A helper has worked on it"),
-    "tool_search": ("Looking for tools", "Looked for tools"),
+# server tool -> what is said while it works, when it has, and when it could not (if anything)
+_SERVER_TOOL_WORDS: Final[dict[str, tuple[str, str, str]]] = {
+    "web_search": ("Searching the web", "Searched the web", "The web search failed"),
+    "web_fetch": ("Reading a page", "Read a page", "The page could not be read"),
+    "file_search": ("Searching files", "Searched files", "The file search failed"),
+    "image_generation": ("Making a picture", "Made a picture", "The picture could not be made"),
+    "code_interpreter": ("Running code", "Ran code", "The code could not be run"),
+    "fusion": ("Asking several models", "Asked several models", ""),
+    "advisor": ("Asking an advisor", "Asked an advisor", ""),
+    "subagent": ("A helper works on it", "A helper has worked on it", ""),
+    "tool_search": ("Looking for tools", "Looked for tools", ""),
 }
+_FAILED_STATUSES: Final = ("failed", "incomplete", "cancelled")
 _INCOMPLETE_WORDS: Final[dict[str, str]] = {
     "max_output_tokens": "Cut short: the output limit was reached",
     "content_filter": "Cut short by the provider's content filter",
+    "cancelled": "Cut short: the provider cancelled the answer",
 }
 
 
@@ -3917,6 +4128,15 @@ class StreamingEngine:
         """
         call = _UpstreamCall(sink, limits)
         try:
+            await self._try_repaired(connection, request, call, policy)
+        except PipeError as error:
+            error.detail = error.detail.replace(connection.key, "[the key]")
+            raise
+
+    async def _try_repaired(
+        self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall, policy: RetryPolicy
+    ) -> None:
+        try:
             await self._try(connection, request, call, policy)
         except OpenRouterAPIError as error:
             repaired = _repair(request, error)  # such an error comes before the stream: nothing was shown
@@ -3949,6 +4169,7 @@ class StreamingEngine:
         async def announce(retry_state: Any) -> None:
             error = retry_state.outcome.exception()
             seconds = max(1, round(retry_state.next_action.sleep))
+            call.said_wait = True
             await call.hand_over([StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s")])
 
         tries = AsyncRetrying(
@@ -3984,9 +4205,8 @@ class StreamingEngine:
             if len(chunk) > _HEAVY_FRAME_BYTES or (frames and len(frames[0]) > _HEAVY_FRAME_BYTES):
                 await self._consume_queued(frames, decoder, reads, call)
                 break
-            done = bool(frames) and frames[-1] == _DONE
-            await call.take(parse_frames(frames[:-1] if done else frames))
-            if done or call.state.ended:
+            await call.take(parse_frames(frames))
+            if call.state.ended or _says_done(frames, decoder):
                 break
         await call.take(parse_frames(decoder.close()))
         await call.close()
@@ -3998,16 +4218,13 @@ class StreamingEngine:
     ) -> None:
         """The same from `frames` on, decoded beside the event loop where that takes long."""
         queues = _ChunkQueues(call.limits)
+        broken: PipeError | None = None
         try:
             async with asyncio.TaskGroup() as group:
                 work = [self._decode_chunks(queues) for _ in range(call.limits.workers)]
                 tasks = [group.create_task(one) for one in (*work, self._drain_event_queue(queues, call))]
                 await queues.put(frames)
-                async for chunk in reads:
-                    frames = decoder.feed(chunk)
-                    await queues.put(frames)
-                    if frames and frames[-1] == _DONE:
-                        break
+                broken = await self._fill_queues(queues, decoder, reads)
                 await queues.events.join()
                 for task in tasks:
                     task.cancel()
@@ -4015,6 +4232,22 @@ class StreamingEngine:
             error = _first_failure(failures)
             if not isinstance(error, _StreamEndedError):
                 raise error from None
+        if broken is not None and not call.state.ended:
+            raise broken
+
+    async def _fill_queues(
+        self, queues: _ChunkQueues, decoder: SSEDecoder, reads: _Reads
+    ) -> PipeError | None:
+        """Queue what comes. A failure is returned, because what came before it is still in the queues."""
+        try:
+            async for chunk in reads:
+                frames = decoder.feed(chunk)
+                await queues.put(frames)
+                if _says_done(frames, decoder):
+                    break
+        except PipeError as error:
+            return error
+        return None
 
     async def _decode_chunks(self, queues: _ChunkQueues) -> None:
         while True:
@@ -4031,7 +4264,12 @@ class StreamingEngine:
                 raise _StreamEndedError
 
 
-_DONE: Final = b"[DONE]"  # some proxies keep the connection open after it
+_DONE: Final = b"[DONE]"
+
+
+def _says_done(frames: list[SSEFrame], decoder: SSEDecoder) -> bool:
+    """Whether `[DONE]` has come; some proxies keep the connection open after it, or forget its blank line."""
+    return (bool(frames) and frames[-1].strip() == _DONE) or decoder.open_lines == [_DONE]
 
 
 def _is_heavy(frames: list[SSEFrame]) -> bool:
@@ -4082,7 +4320,7 @@ _REPAIRS: Final = ((_is_wrong_endpoint, _for_chat), (_is_foreign_reasoning, _for
 class _UpstreamCall:
     """Stands between one call and its sink: reduces, remembers what was shown, raises failures."""
 
-    __slots__ = ("_api", "_sink", "limits", "shown", "state")
+    __slots__ = ("_api", "_sink", "limits", "said_wait", "shown", "state")
 
     def __init__(self, sink: Sink, limits: QueueLimits) -> None:
         self._sink = sink
@@ -4090,6 +4328,7 @@ class _UpstreamCall:
         self.limits = limits
         self.state = StreamState()
         self.shown = False
+        self.said_wait = False  # a status says that another try comes
 
     def begin(self, api: UpstreamAPI) -> None:
         """A connection is open: what comes is of a new stream."""
@@ -4110,7 +4349,10 @@ class _UpstreamCall:
             return _NOTHING_TO_AWAIT
         if isinstance(emissions[-1], Failed):
             return self._fail(emissions[:-1], emissions[-1].error)
-        self.shown = self.shown or any(isinstance(emission, _VISIBLE) for emission in emissions)
+        if not self.shown and any(map(_is_visible, emissions)):
+            self.shown = True
+            if self.said_wait:
+                emissions = [StatusUpdate("Answering", done=True, hidden=True), *emissions]
         return self._sink(emissions)
 
     async def _fail(self, emissions: list[Emission], error: PipeError) -> None:
@@ -4127,6 +4369,13 @@ _VISIBLE: Final = (
     MediaProduced,
     TurnEnded,
 )
+
+
+def _is_visible(emission: Emission) -> bool:
+    """Whether a second try would show it twice; a reasoning card without text is used again."""
+    return isinstance(emission, _VISIBLE) and (
+        not isinstance(emission, ReasoningDelta) or bool(emission.text)
+    )
 
 
 async def _drain(reads: _Reads) -> None:

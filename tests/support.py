@@ -289,15 +289,19 @@ def answering(content: bytes, kind: str = "application/json", *, length: int | N
     return handle
 
 
+def frame(kind: str, **fields: Any) -> bytes:
+    """One event of a stream."""
+    return b"data: " + json.dumps({"type": kind, **fields}).encode() + b"\n\n"
+
+
 def delta(text: str) -> bytes:
     """A frame with more text of the first message."""
-    event = {"type": "response.output_text.delta", "output_index": 0, "content_index": 0, "delta": text}
-    return b"data: " + json.dumps(event).encode() + b"\n\n"
+    return frame("response.output_text.delta", output_index=0, content_index=0, delta=text)
 
 
 def completed(**response: Any) -> bytes:
     """The frame that ends an answer well."""
-    return b"data: " + json.dumps({"type": "response.completed", "response": response}).encode() + b"\n\n"
+    return frame("response.completed", response=response)
 
 
 def free_port() -> int:

@@ -256,7 +256,9 @@ class Kept:
         return said(self.emissions)
 
     def statuses(self) -> list[str]:
-        return [one.description for one in self.emissions if isinstance(one, StatusUpdate)]
+        """The lines that a person reads; not the one that ends the last."""
+        statuses = [one for one in self.emissions if isinstance(one, StatusUpdate)]
+        return [one.description for one in statuses if not one.hidden]
 
 
 @dataclass
@@ -605,6 +607,24 @@ def test_a_long_thought_takes_linear_time() -> None:
     assert payload["reasoning_details"] == [detail(text=text * 2_000, index=0)]
 
 
+def test_a_thought_in_many_details_takes_linear_time() -> None:
+    """Some providers give every fragment an index of its own."""
+
+    def seconds_for(count: int) -> float:
+        state, began = StreamState(), time.process_time()
+        for number in range(count):
+            fragments = [detail(text="x ", index=number)]
+            reduce_chat_chunks(state, [chunk(reasoning="x ", reasoning_details=fragments)])
+        emissions = reduce_chat_chunks(state, [chunk("stop", USAGE)])
+        seconds = time.process_time() - began
+        (payload,) = closed(emissions, "reasoning")
+        assert len(payload["reasoning_details"]) == count
+        return seconds
+
+    short, long = (min(seconds_for(count) for _ in range(2)) for count in (1_000, 8_000))
+    assert long < 24 * short, f"8 times the fragments took {long / short:.0f} times as long"
+
+
 # Calls
 
 
@@ -866,8 +886,13 @@ FAILURES: Final[dict[str, tuple[Json, tuple[str, str, bool]]]] = {
     "without choices": ({"error": {"code": 502, "message": "Lost"}}, ("Lost", "provider", True)),
     "in a word": ({"error": "Lost"}, ("Lost", "provider", False)),
     "code as text": (failing(code="rate_limit_exceeded"), ("Lost", "rate_limit", True)),
-    "no words": ({"error": {"code": 502}}, ("502", "provider", True)),
-    "finish only": (chunk("error"), ("the stream failed", "provider", False)),
+    "status as text": (failing(code="429"), ("Lost", "rate_limit", True)),
+    "limit of the day": (
+        failing("Rate limit exceeded: free-models-per-day", code=429),
+        ("Rate limit exceeded: free-models-per-day", "daily_limit", False),
+    ),
+    "no words": ({"error": {"code": 502}}, ("", "provider", True)),
+    "finish only": (chunk("error"), ("", "provider", False)),
 }
 
 
@@ -949,6 +974,46 @@ def test_a_whole_message_in_one_chunk() -> None:
     assert said(emissions).text == "t"
     assert calls_of(emissions) == [A]
     assert emissions[-1] == TurnEnded("completed")
+
+
+LAST_MESSAGES: Final[dict[str, tuple[Json, Json]]] = {
+    "text": ({"content": "t"}, {"content": "t"}),
+    "refusal": ({"refusal": "no"}, {"refusal": "no"}),
+    "reasoning": ({"reasoning": "r"}, {"reasoning": "r", "content": ""}),
+    "details": (
+        {"reasoning": "r", "reasoning_details": [detail(text="r", index=0)]},
+        {"reasoning": "r", "reasoning_details": [detail(text="r", index=0)]},
+    ),
+    "calls": (
+        {"tool_calls": [fragment(0, *WHOLE["a"])]},
+        {"tool_calls": [fragment(..., *WHOLE["a"])]},
+    ),
+    "pictures": ({"images": [{"image_url": {"url": PNG}}]}, {"images": [{"image_url": {"url": PNG}}]}),
+    "all at once": (
+        {"content": "t", "reasoning": "r", "tool_calls": [fragment(0, *WHOLE["a"])]},
+        {"content": "t", "reasoning": "r", "tool_calls": [fragment(0, *WHOLE["a"])]},
+    ),
+}
+
+
+@pytest.mark.parametrize("empty", [{}, {"delta": None}, {"delta": {}}], ids=str)
+@pytest.mark.parametrize("case", sorted(LAST_MESSAGES))
+def test_a_last_chunk_that_says_everything_again_adds_nothing(case: str, empty: Json) -> None:
+    delta, message = LAST_MESSAGES[case]
+    last = {"choices": [{"index": 0, **empty, "message": message, "finish_reason": "stop"}]}
+    for reduce in (reduced, singly):
+        assert reduce(chunk(**delta), last) == reduce(chunk(**delta), STOP)
+
+
+def test_a_pair_that_is_split_between_two_fragments_of_a_call() -> None:
+    chunks = [
+        chunk(tool_calls=[fragment(0, "a", "f", '{"q":"\ud83d')]),
+        chunk(tool_calls=[fragment(0, text='\ude00"}')]),
+        STOP,
+    ]
+    for emissions in (reduced(*chunks), singly(*chunks)):
+        (call,) = calls_of(emissions)
+        assert ascii(call.arguments) == ascii('{"q":"\N{GRINNING FACE}"}')
 
 
 def test_a_refusal() -> None:
@@ -1677,7 +1742,17 @@ def test_every_key_of_a_delta_has_a_row() -> None:
     assert set(_CHAT_REDUCERS) <= named
 
 
-@pytest.mark.parametrize("done", [b"data: [DONE]\n\n", b"data: [DONE]\r\n\r\n"])
+@pytest.mark.parametrize(
+    "done",
+    [
+        b"data: [DONE]\n\n",
+        b"data: [DONE]\r\n\r\n",
+        b"data: [DONE]\n",
+        b"data: [DONE]\r\n",
+        b"data: [DONE] \n\n",
+        b"data:[DONE]\n\n: bye\n\n",
+    ],
+)
 async def test_done_ends_a_stream_whose_connection_stays_open(done: bytes) -> None:
     """A proxy that sends no usage, and keeps the connection: what came is the answer."""
     body = b"".join(
@@ -1702,7 +1777,7 @@ async def test_done_ends_a_stream_whose_connection_stays_open(done: bytes) -> No
         client = OpenRouterClient()
         try:
             request = UpstreamRequest({"model": PLAIN.id, "messages": [HELLO], "stream": True}, CHAT)
-            async with asyncio.timeout(PATIENCE_S):
+            async with asyncio.timeout(SOON_S):
                 await StreamingEngine(client).stream(connection_to(url), request, sink, RetryPolicy(0))
         finally:
             await client.aclose()

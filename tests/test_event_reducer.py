@@ -17,11 +17,14 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Emission,
     Failed,
     ItemClosed,
+    MediaProduced,
     ReasoningDelta,
+    RefusalDelta,
     ServerToolProgress,
     StreamEvent,
     StreamState,
     TextDelta,
+    ToolCall,
     ToolRequested,
     TurnEnded,
     UsageReported,
@@ -399,10 +402,229 @@ def test_a_function_call(events_of_the_call: list[str], arguments: str) -> None:
 
 
 def test_arguments_that_are_not_json_are_passed_on() -> None:
-    item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": '{"a":'}
-    (requested,) = reduce_event(StreamState(), event("response.output_item.done", output_index=0, item=item))
-    assert isinstance(requested, ToolRequested)
-    assert requested.call.arguments == '{"a":'
+    (call,) = calls_of(reduced([done(call_item('{"a":')), finished()]))
+    assert call.arguments == '{"a":'
+
+
+# What comes later may know more than the end of the item
+
+
+def added(item: Json, index: int = 0) -> StreamEvent:
+    return event("response.output_item.added", output_index=index, item=item)
+
+
+def done(item: Json, index: int = 0) -> StreamEvent:
+    return event("response.output_item.done", output_index=index, item=item)
+
+
+def finished(*output: Json, **response: Any) -> StreamEvent:
+    return event("response.completed", response={"status": "completed", "output": [*output], **response})
+
+
+def message(text: str = "", *annotations: Json) -> Json:
+    part = {"type": "output_text", "text": text, "annotations": [*annotations]}
+    return {"type": "message", "id": "m", "role": "assistant", "content": [part] if text else []}
+
+
+def hello(text: str) -> StreamEvent:
+    return event("response.output_text.delta", output_index=0, item_id="m", content_index=0, delta=text)
+
+
+def call_item(arguments: str = "", **more: Any) -> Json:
+    return {"type": "function_call", "id": "f", "call_id": "c", "name": "f", "arguments": arguments, **more}
+
+
+def calls_of(emissions: Iterable[Emission]) -> list[ToolCall]:
+    return [emission.call for emission in emissions if isinstance(emission, ToolRequested)]
+
+
+ALL_WAYS: Final = pytest.mark.parametrize("reduce", [reduced, singly, in_threes])
+
+
+@ALL_WAYS
+@pytest.mark.parametrize(
+    "stream",
+    [
+        [added(message()), hello("Hel"), done(message())],
+        [added(message()), hello("Hel"), done(message("Hel"))],
+        [added(message()), hello("Hel")],
+        [added(message()), done(message())],
+        [done(message())],
+        [],
+    ],
+)
+def test_text_that_only_the_final_object_has(
+    stream: Events, reduce: Callable[[Events], list[Emission]]
+) -> None:
+    found = said(reduce([*stream, finished(message("Hello world"))]))
+    assert (found.text, found.ends) == ("Hello world", [TurnEnded("completed")])
+
+
+ARGUMENTS: Final = '{"city":"Bonn"}'
+ARGUMENTS_DONE: Final = event(
+    "response.function_call_arguments.done", output_index=0, item_id="f", name="f", arguments=ARGUMENTS
+)
+HALF_OF_THEM: Final = event(
+    "response.function_call_arguments.delta", output_index=0, item_id="f", delta='{"city"'
+)
+WHOLE_CALL: Final = call_item(ARGUMENTS)
+CUSTOM: Final[Json] = {"type": "custom_tool_call", "id": "f", "call_id": "c", "name": "sql"}
+INPUT_DONE: Final = event(
+    "response.custom_tool_call_input.done", output_index=0, item_id="f", input="select 1"
+)
+WANTED: Final = ToolCall("c", "f", ARGUMENTS)
+WANTED_CUSTOM: Final = ToolCall("c", "sql", '{"input":"select 1"}')
+
+
+@ALL_WAYS
+@pytest.mark.parametrize(
+    ("stream", "call"),
+    [
+        ([added(call_item()), ARGUMENTS_DONE, finished()], WANTED),
+        ([added(call_item()), ARGUMENTS_DONE, done(call_item()), finished()], WANTED),
+        ([added(call_item()), ARGUMENTS_DONE, done(call_item()), finished(call_item())], WANTED),
+        ([added(call_item()), done(call_item()), finished(call_item(ARGUMENTS))], WANTED),
+        ([added(call_item()), HALF_OF_THEM, done(call_item()), finished(call_item(ARGUMENTS))], WANTED),
+        ([added(call_item()), done(call_item(ARGUMENTS, name=None)), finished()], WANTED),
+        (
+            [added(call_item()), done(call_item(name=None)), finished(call_item(ARGUMENTS, name=None))],
+            WANTED,
+        ),
+        (
+            [added(call_item()), ARGUMENTS_DONE, done(WHOLE_CALL), finished(WHOLE_CALL)],
+            WANTED,
+        ),
+        ([added(CUSTOM), INPUT_DONE, finished()], WANTED_CUSTOM),
+        ([added(CUSTOM), INPUT_DONE, done({**CUSTOM, "input": ""}), finished()], WANTED_CUSTOM),
+        ([added(CUSTOM), done(CUSTOM), finished({**CUSTOM, "input": "select 1"})], WANTED_CUSTOM),
+    ],
+)
+def test_a_call_is_requested_once_and_with_all_that_is_known(
+    stream: Events, call: ToolCall, reduce: Callable[[Events], list[Emission]]
+) -> None:
+    assert calls_of(reduce(stream)) == [call]
+
+
+@ALL_WAYS
+def test_sources_that_only_the_final_object_has(reduce: Callable[[Events], list[Emission]]) -> None:
+    source = {"type": "url_citation", "url": "https://a.example/x", "title": "A"}
+    stream = [added(message()), hello("Hi"), done(message("Hi")), finished(message("Hi", source, source))]
+    found = said(reduce(stream))
+    assert (found.text, found.citations) == ("Hi", ["https://a.example/x"])
+
+
+@ALL_WAYS
+@pytest.mark.parametrize("kind", ["image_generation_call", "openrouter:image_generation"])
+def test_a_picture_that_only_the_final_object_has(
+    kind: str, reduce: Callable[[Events], list[Emission]]
+) -> None:
+    item = {"type": kind, "id": "i", "status": "completed"}
+    whole = {**item, "result": "iVBORw0K"}
+    for stream in ([added(item), done(item), finished(whole)], [added(item), done(whole), finished(whole)]):
+        pictures = [one.source for one in reduce(stream) if isinstance(one, MediaProduced)]
+        assert pictures == ["iVBORw0K"]
+
+
+@ALL_WAYS
+def test_a_pair_that_is_split_between_two_deltas_of_arguments(
+    reduce: Callable[[Events], list[Emission]],
+) -> None:
+    halves = [
+        event("response.function_call_arguments.delta", output_index=0, delta=half)
+        for half in ('{"q":"\ud83d', '\ude00"}')
+    ]
+    for end in ([], [done(call_item())]):
+        (call,) = calls_of(reduce([added(call_item()), *halves, *end, finished()]))
+        assert ascii(call.arguments) == ascii('{"q":"\N{GRINNING FACE}"}')
+
+
+@pytest.mark.parametrize(
+    "item",
+    [call_item('{"q":"\ud83d"}'), {**CUSTOM, "input": "\ud83d"}],
+    ids=["arguments", "input"],
+)
+def test_half_a_pair_in_a_call_is_replaced(item: Json) -> None:
+    (call,) = calls_of(reduced([added(item), done(item), finished(item)]))
+    assert (call.arguments.count("\ufffd"), "\ud83d" in call.arguments) == (1, False)
+
+
+def _thought(summary: str, content: str) -> Json:
+    """A reasoning item with both forms; an empty one is not there."""
+    return {
+        "type": "reasoning",
+        "id": "r",
+        "summary": [{"type": "summary_text", "text": summary}] if summary else [],
+        "content": [{"type": "reasoning_text", "text": content}] if content else [],
+    }
+
+
+def _thinking(kind: str, end: str, text: str = "Think") -> StreamEvent:
+    key = "delta" if end == "delta" else "text"
+    number = "summary_index" if "summary" in kind else "content_index"
+    return event(f"response.{kind}.{end}", output_index=0, item_id="r", **{number: 0, key: text})
+
+
+BOTH: Final = _thought("Think", "Think")
+
+
+@ALL_WAYS
+@pytest.mark.parametrize(
+    ("stream", "forms"),
+    [
+        ([_thinking("reasoning_text", "delta"), done(BOTH)], ["text"]),
+        ([_thinking("reasoning_summary_text", "delta"), done(BOTH)], ["summary"]),
+        (
+            [_thinking("reasoning_summary_text", "delta"), _thinking("reasoning", "delta"), done(BOTH)],
+            ["summary"],
+        ),
+        (
+            [_thinking("reasoning_text", "delta"), _thinking("reasoning_summary_text", "delta"), done(BOTH)],
+            ["text"],
+        ),
+        (
+            [_thinking("reasoning_summary_text", "done"), _thinking("reasoning_text", "done"), done(BOTH)],
+            ["summary"],
+        ),
+        ([_thinking("reasoning_text", "delta"), done(_thought("In short", "Think"))], ["text"]),
+        ([_thinking("reasoning_text", "delta"), done(_thought("Think", ""))], ["text"]),
+        ([done(BOTH)], ["summary", "text"]),
+        ([], ["summary", "text"]),
+    ],
+)
+def test_reasoning_that_comes_in_two_forms_is_shown_in_the_first(
+    stream: Events, forms: list[str], reduce: Callable[[Events], list[Emission]]
+) -> None:
+    found = said(reduce([added(_thought("", "")), *stream, finished(BOTH)]))
+    ((place, text),) = found.reasoning.items()
+    assert (place[1] in forms, text) == (True, "Think")
+
+
+# The end that is said inside
+
+
+@pytest.mark.parametrize("kind", ["response.done", "response.completed"])
+@pytest.mark.parametrize(
+    ("response", "end"),
+    [
+        ({"status": "completed"}, TurnEnded("completed")),
+        ({"status": "cancelled"}, TurnEnded("incomplete", "cancelled")),
+        (
+            {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}},
+            TurnEnded("incomplete", "max_output_tokens"),
+        ),
+        ({"status": "incomplete"}, TurnEnded("incomplete", "")),
+        ({"status": "failed", "error": {"code": "server_error", "message": "boom"}}, "boom"),
+    ],
+)
+def test_an_end_is_what_its_status_says(kind: str, response: Json, end: TurnEnded | str) -> None:
+    usage = {"input_tokens": 1}
+    for reduce in (reduced, singly):
+        found = said(reduce([hello("so far"), event(kind, response={**response, "usage": usage})]))
+        assert (found.text, found.usages) == ("so far", [usage])
+        if isinstance(end, str):
+            assert (found.ends, [error.detail for error in found.errors]) == ([], [end])
+        else:
+            assert (found.ends, found.errors) == ([end], [])
 
 
 def test_reasoning_begins_before_its_text() -> None:
@@ -425,8 +647,15 @@ def test_reasoning_under_its_older_name() -> None:
         ({"type": "error", "code": "server_error", "message": "boom"}, "boom", "provider", False),
         ({"type": "error", "error": {"code": 429, "message": "slow"}}, "slow", "rate_limit", True),
         ({"type": "error", "error": {"code": 401, "message": "key"}}, "key", "authentication", False),
+        ({"type": "error", "code": "429", "message": "slow"}, "slow", "rate_limit", True),
+        (
+            {"type": "error", "error": {"code": 429, "message": "Over: free-models-per-day"}},
+            "free-models",
+            "daily_limit",
+            False,
+        ),
         ({"type": "error", "error": "only words"}, "only words", "provider", False),
-        ({"type": "error", "code": "rate_limit_exceeded", "message": None}, "rate", "rate_limit", True),
+        ({"type": "error", "code": "rate_limit_exceeded", "message": None}, "", "rate_limit", True),
         ({"type": "error"}, "", "provider", False),
         ({"type": "response.error", "error": {"code": 502, "message": "down"}}, "down", "provider", True),
         (
@@ -454,7 +683,7 @@ def test_failures(payload: Json, words: str, template: str, retryable: bool) -> 
     assert isinstance(emissions[-1], Failed)
     error = emissions[-1].error
     assert words in error.detail
-    assert error.detail
+    assert error.user_message
     assert error.template == (template or "provider")
     assert error.retryable == bool(retryable)
 
@@ -528,6 +757,12 @@ def test_server_tools(item: Json, expected: ServerToolProgress) -> None:
     assert reduce_event(state, added) == [ServerToolProgress(item["type"], "in_progress")]
     assert reduce_event(state, done) == [expected]
     assert reduce_event(state, done) == []
+
+
+@pytest.mark.parametrize("kind", ["web_search_call", "openrouter:web_search"])
+def test_what_a_server_tool_looks_for_is_known_while_it_runs(kind: str) -> None:
+    item = {"type": kind, "id": "w", "status": "in_progress", "action": {"type": "search", "query": "cats"}}
+    assert reduce_event(StreamState(), added(item)) == [ServerToolProgress(kind, "in_progress", "cats")]
 
 
 def test_the_payload_of_a_closed_item_is_the_providers_own() -> None:
@@ -632,10 +867,13 @@ def test_no_stream_raises_and_every_stream_ends_once(stream: Events) -> None:
         assert isinstance(emissions[-1], ENDS)
 
 
+TEXTS: Final = (TextDelta, RefusalDelta, ReasoningDelta)
+
+
 def _texts(emissions: Iterable[Emission]) -> dict[tuple[type, int, int], str]:
     found: dict[tuple[type, int, int], str] = {}
     for emission in emissions:
-        if isinstance(emission, TextDelta | ReasoningDelta):
+        if isinstance(emission, TEXTS):
             place = (type(emission), emission.item, getattr(emission, "part", 0))
             found[place] = found.get(place, "") + emission.text
     return {place: text for place, text in found.items() if text}
@@ -646,7 +884,7 @@ def _texts(emissions: Iterable[Emission]) -> dict[tuple[type, int, int], str]:
 def test_joined_and_single_reductions_agree(stream: Events) -> None:
     whole, single = reduced(stream), singly(stream)
     assert _texts(whole) == _texts(single)
-    rest = [[e for e in es if not isinstance(e, TextDelta | ReasoningDelta)] for es in (whole, single)]
+    rest = [[e for e in es if not isinstance(e, TEXTS)] for es in (whole, single)]
     assert [type(emission) for emission in rest[0]] == [type(emission) for emission in rest[1]]
 
 

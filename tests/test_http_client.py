@@ -199,13 +199,18 @@ async def test_a_refusal_before_the_payload_was_sent(client: OpenRouterClient) -
 
 REFUSALS: dict[str, tuple[str, bool, float | None, str]] = {
     "400_bad_request_int_code": ("refused", False, None, 'Input required: specify "input"'),
-    "400_responses_validation_string_code": ("refused", False, None, "Invalid Responses API request"),
-    "400_provider_raw": ("provider", False, None, "Invalid value for temperature: at most 1"),
-    "400_thinking_signature": ("provider", False, None, "Invalid `signature` in `thinking` block"),
-    "400_encrypted_content": ("provider", False, None, "The encrypted content could not be verified."),
-    "400_context_too_long": ("refused", False, None, "maximum context length is 8192 tokens"),
+    "400_responses_validation_string_code": ("refused", False, None, "Invalid input"),
+    "400_provider_raw": ("provider_refused", False, None, "Invalid value for temperature: at most 1"),
+    "400_thinking_signature": ("provider_refused", False, None, "Invalid `signature` in `thinking` block"),
+    "400_encrypted_content": (
+        "provider_refused",
+        False,
+        None,
+        "The encrypted content could not be verified.",
+    ),
+    "400_context_too_long": ("too_long", False, None, "maximum context length is 8192 tokens"),
     "400_store_true": ("refused", False, None, "store must be false"),
-    "400_model_not_found": ("refused", False, None, "acme/none-1 is not a valid model ID"),
+    "400_model_not_found": ("unknown_model", False, None, "acme/none-1 is not a valid model ID"),
     "400_wrong_endpoint": ("refused", False, None, "This model is not available on this endpoint."),
     "401_bad_key": ("authentication", False, None, "User not found."),
     "401_no_key": ("authentication", False, None, "No auth credentials found"),
@@ -215,15 +220,15 @@ REFUSALS: dict[str, tuple[str, bool, float | None, str]] = {
     "404_privacy": ("not_found", False, None, "match your data policy"),
     "404_no_providers": ("not_found", False, None, "No allowed providers are available"),
     "408_timeout": ("timeout", True, None, "Request timed out"),
-    "413_too_large": ("refused", False, None, "Request body too large"),
+    "413_too_large": ("too_large", False, None, "Request body too large"),
     "422_unprocessable": ("refused", False, None, "Unprocessable request"),
     "429_free_daily": ("daily_limit", False, 52_807.0, "free-models-per-day"),
     "429_capacity_exhausted": ("rate_limit", True, 2.0, "are at capacity"),
     "429_upstream": ("rate_limit", True, None, "temporarily rate-limited upstream"),
     "429_http_date": ("rate_limit", True, 7.0, "Rate limit exceeded"),
-    "500_masked": ("provider", True, None, "Internal Server Error"),
+    "500_masked": ("server", True, None, "Internal Server Error"),
     "502_provider": ("provider", True, None, "Provider returned an error"),
-    "502_html": ("provider", True, None, "HTTP 502"),
+    "502_html": ("server", True, None, "HTTP 502"),
     "503_no_provider": ("provider", True, 5.0, "No instances available"),
     "524_edge_timeout": ("timeout", True, None, "Request timed out."),
     "529_overloaded": ("provider", True, None, "Provider returned error"),
@@ -300,10 +305,11 @@ async def test_a_wait_that_is_no_time_is_still_told_in_words(
     assert len(error.user_message) < 200
 
 
-async def test_a_key_that_a_server_repeats_is_not_told(client: OpenRouterClient) -> None:
+@pytest.mark.parametrize("status", ["401 No", "200 OK"])
+async def test_a_key_that_a_server_repeats_is_not_told(status: str, client: OpenRouterClient) -> None:
     """Neither to the person nor to the log: some providers quote the key that they refuse."""
     body = b'{"error": {"code": 401, "message": "Incorrect API key provided: %s"}}' % KEY.encode()
-    head = f"HTTP/1.1 401 No\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await read_request(reader)
@@ -422,11 +428,13 @@ async def test_a_server_that_does_not_speak_http(client: OpenRouterClient) -> No
 # What breaks off
 
 
-@pytest.mark.parametrize("scenario", ["stall", "stall_headers"])
-async def test_silence_is_a_timeout(scenario: str, client: OpenRouterClient, simulator: Simulator) -> None:
+@pytest.mark.parametrize(("scenario", "template"), [("stall", "broken"), ("stall_headers", "timeout")])
+async def test_silence_is_not_waited_out(
+    scenario: str, template: str, client: OpenRouterClient, simulator: Simulator
+) -> None:
     simulator.next(scenario)
     error = await failure(client, connection_to(simulator.base_url, idle_timeout_s=0.2))
-    assert (type(error), error.template, error.retryable) == (StreamError, "timeout", True)
+    assert (type(error), error.template, error.retryable) == (StreamError, template, True)
     await gone(simulator)
 
 
@@ -439,7 +447,7 @@ async def test_comments_keep_a_slow_answer_alive(client: OpenRouterClient, simul
 async def test_a_cut_in_the_middle(how: str, client: OpenRouterClient, simulator: Simulator) -> None:
     simulator.next("abrupt", how=how)
     error = await failure(client, connection_to(simulator.base_url))
-    assert (type(error), error.template, error.retryable) == (StreamError, "network", True)
+    assert (type(error), error.template, error.retryable) == (StreamError, "broken", True)
     one_sentence_without_secrets(error)
 
 
@@ -447,7 +455,7 @@ async def test_a_cut_in_the_middle_of_json(client: OpenRouterClient) -> None:
     async with hostile(answering(b'{"data": [', length=500)) as url:
         with pytest.raises(StreamError) as caught:
             await client.get_json(connection_to(url), "/models")
-    assert (caught.value.template, caught.value.retryable) == ("network", True)
+    assert (caught.value.template, caught.value.retryable) == ("broken", True)
 
 
 # Sizes

@@ -146,6 +146,10 @@ def test_any_line_ends(path: Path) -> None:
         ("data: a\u2028b\u2029c\u0085d\n\n".encode(), ["a\u2028b\u2029c\u0085d".encode()]),
         ("data: \ufeffa\n\n".encode(), ["\ufeffa".encode()]),
         (b"data: a\n\ndata: [DONE]\n\n", [b"a", b"[DONE]"]),
+        (b"data: \ndata: X\n\n", [b"\nX"]),
+        (b"data:\r\ndata\r\ndata: X\r\n\r\n", [b"\n\nX"]),
+        (b"data: \ndata: \n\ndata: X\n\n", [b"\n", b"X"]),
+        (b"data: \n\ndata: X\n\n", [b"X"]),
     ],
 )
 def test_format(stream: bytes, frames: list[bytes]) -> None:
@@ -162,6 +166,12 @@ def test_a_frame_is_given_as_soon_as_it_is_complete() -> None:
     assert decoder.close() == [b"c"]
 
 
+@pytest.mark.parametrize("offset", range(1, 16))
+def test_an_empty_line_of_data_counts_wherever_the_read_ends(offset: int) -> None:
+    stream = b"data: \ndata: X\n\n"
+    assert decode(cut(stream, [offset])) == [b"\nX"]
+
+
 def test_bytes_after_done_do_no_harm() -> None:
     stream = b'data: {"type": "a"}\n\ndata: [DONE]\n\n: bye\n\n\x00\xff junk\n\n\r\r'
     assert decode([stream]) == decode(cut(stream, range(1, len(stream)))) == [b'{"type": "a"}', b"[DONE]"]
@@ -175,7 +185,7 @@ def test_close_twice() -> None:
 
 
 LINE_ENDS: Final = (b"\n", b"\r\n", b"\r")
-DATA_LINE: Final = st.binary(min_size=1, max_size=30).map(lambda text: re.sub(rb"[\r\n]", b"", text) or b"x")
+DATA_LINE: Final = st.binary(max_size=30).map(lambda text: re.sub(rb"[\r\n]", b"", text))
 NOISE: Final = st.sampled_from([b": comment", b":", b"event: e", b"id: 1", b"retry: 5", b"other", b"d: 1"])
 
 
@@ -190,7 +200,7 @@ def streams(draw: st.DrawFn) -> tuple[bytes, list[bytes]]:
             written += draw(st.lists(NOISE, max_size=2))
             written.append(b"data: " + line)
         written += [b""] * draw(st.integers(1, 3))
-        frames.append(b"\n".join(lines))
+        frames += [b"\n".join(lines)] if lines != [b""] else []
     return end.join([*written, b""]), frames
 
 

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import math
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,6 +44,7 @@ from tests.support import (
     completed,
     connection_to,
     delta,
+    frame,
     gone,
     hostile,
     inferences,
@@ -73,7 +75,8 @@ class Kept:
         return text.encode("utf-16", "surrogatepass").decode("utf-16")
 
     def statuses(self) -> list[str]:
-        return [status.description for status in self.of(StatusUpdate)]
+        """The lines that a person reads; not the one that ends the last."""
+        return [status.description for status in self.of(StatusUpdate) if not status.hidden]
 
 
 @dataclass
@@ -106,6 +109,14 @@ def engine(client: OpenRouterClient, sleeps: Sleeps) -> StreamingEngine:
 @pytest.fixture
 def connection(simulator: Simulator) -> Connection:
     return connection_to(simulator.base_url)
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+def in_a_chunk(content: bytes) -> bytes:
+    """A chunk of an HTTP body; without an empty one at its end the body was cut."""
+    return b"%x\r\n%b\r\n" % (len(content), content)
 
 
 def asking(prompt: str = "hello") -> Json:
@@ -270,6 +281,63 @@ async def test_a_failure_before_anything_was_shown_is_tried_again(
     assert len(kept.statuses()) == 1
 
 
+async def test_reasoning_that_has_only_begun_does_not_stop_another_try(
+    engine: StreamingEngine, connection: Connection, simulator: Simulator
+) -> None:
+    added = frame(
+        "response.output_item.added", output_index=0, item={"type": "reasoning", "id": "r", "summary": []}
+    )
+    busy = {"status": "failed", "error": {"message": "Overloaded"}, "error_type": "provider_overloaded"}
+    simulator.next("replay", body=(added + frame("response.failed", response=busy)).decode())
+    simulator.next("reasoning")
+    kept = await run(engine, connection, POLICY)
+    assert kept.text()
+    assert len(kept.of(TurnEnded)) == 1
+    assert len(inferences(simulator)) == 2
+
+
+# an `error` in a stream -> the waits before another try
+ERRORS_INSIDE: dict[str, tuple[Json, list[float]]] = {
+    "a wait": ({"code": 429, "message": "Slow", "metadata": {"headers": {"Retry-After": "2"}}}, [2.0]),
+    "a wait, code as text": (
+        {"code": "429", "message": "Slow", "metadata": {"headers": {"Retry-After": "3"}}},
+        [3.0],
+    ),
+    "limit of the day": ({"code": 429, "message": "Rate limit exceeded: free-models-per-day. Add"}, []),
+    "limit of the day, code as text": (
+        {"code": "429", "message": "Rate limit exceeded: free-models-per-day"},
+        [],
+    ),
+    "status as text": ({"code": "401", "message": "No"}, []),
+}
+
+
+@pytest.mark.parametrize("case", sorted(ERRORS_INSIDE))
+async def test_an_error_inside_a_stream_says_whether_and_when_to_try_again(
+    case: str, engine: StreamingEngine, connection: Connection, simulator: Simulator, sleeps: Sleeps
+) -> None:
+    error, waits = ERRORS_INSIDE[case]
+    simulator.next("replay", body=frame("error", error=error).decode())
+    simulator.next("plain", text="fine now")
+    if waits:
+        assert (await run(engine, connection, POLICY)).text() == "fine now"
+    else:
+        await fail(engine, connection, POLICY)
+    assert len(inferences(simulator)) == 1 + len(waits)
+    assert sleeps.seconds == waits
+
+
+async def test_the_end_of_the_day_is_told_inside_a_stream_too(
+    engine: StreamingEngine, connection: Connection, simulator: Simulator
+) -> None:
+    reset = {"X-RateLimit-Reset": str(round((time.time() + 7_200) * 1000))}
+    error = {"code": 429, "message": "Over: free-models-per-day", "metadata": {"headers": reset}}
+    simulator.next("replay", body=frame("error", error=error).decode())
+    failed, _ = await fail(engine, connection, POLICY)
+    assert failed.template == "daily_limit"
+    assert failed.retry_after == pytest.approx(7_200, abs=60)
+
+
 async def test_a_server_error_that_says_no_more_is_final(
     engine: StreamingEngine, connection: Connection, simulator: Simulator
 ) -> None:
@@ -383,11 +451,7 @@ async def test_a_connection_is_used_again_after_a_stream(
 
 async def test_the_end_of_a_stream_may_follow_a_little_later(engine: StreamingEngine) -> None:
     """`[DONE]` in a packet of its own: it is waited for, so that the connection stays warm."""
-    head = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
     connections = requests = 0
-
-    def chunk(content: bytes) -> bytes:
-        return b"%x\r\n%b\r\n" % (len(content), content)
 
     async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal connections, requests
@@ -395,10 +459,10 @@ async def test_the_end_of_a_stream_may_follow_a_little_later(engine: StreamingEn
         while True:
             await read_request(reader)
             requests += 1
-            writer.write(head + chunk(delta("fine") + completed()))
+            writer.write(CHUNKED + in_a_chunk(delta("fine") + completed()))
             await writer.drain()
             await asyncio.sleep(0.03)  # the pace of this server
-            writer.write(chunk(b"data: [DONE]\n\n") + chunk(b""))
+            writer.write(in_a_chunk(b"data: [DONE]\n\n") + in_a_chunk(b""))
             await writer.drain()
 
     async with hostile(handle) as url:
@@ -441,6 +505,86 @@ async def test_terminal_events_count_once(
     kept = await run(engine, connection)
     assert kept.text() == "once"
     assert len(kept.of(TurnEnded)) == len(kept.of(UsageReported)) == 1
+
+
+# What had come before the connection broke
+
+
+@dataclass
+class Held(Kept):
+    """A sink that is busy with the first emissions until the connection is gone."""
+
+    gone: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def __call__(self, emissions: Sequence[Emission]) -> None:
+        await super().__call__(emissions)
+        await self.gone.wait()
+        for _ in range(100):  # the end is on loopback, the client has to notice it
+            await asyncio.sleep(0)
+
+
+PICTURE = frame(
+    "response.output_item.done",
+    output_index=1,
+    item={"type": "image_generation_call", "id": "i", "status": "completed", "result": "A" * 600_000},
+)
+
+
+@pytest.mark.parametrize("rest", [delta("two "), delta("two ") + delta("three")], ids=["one", "two"])
+@pytest.mark.parametrize("first", [delta("one "), PICTURE], ids=["text", "picture"])
+@pytest.mark.parametrize("ended", [True, False], ids=["ended", "not ended"])
+async def test_what_came_before_a_cut_is_handed_over(
+    first: bytes, rest: bytes, ended: bool, engine: StreamingEngine, sleeps: Sleeps
+) -> None:
+    """Also while the sink was busy; and a stream that has said its end is complete."""
+    kept, requests = Held(), 0
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal requests
+        requests += 1
+        await read_request(reader)
+        writer.write(CHUNKED + in_a_chunk(first))
+        await writer.drain()
+        await kept.first.wait()
+        writer.write(in_a_chunk(rest + (completed() if ended else b"")))
+        await writer.drain()
+        writer.close()
+        kept.gone.set()
+
+    error: PipeError | None = None
+    async with hostile(handle) as url, asyncio.timeout(PATIENCE_S):
+        try:
+            await engine.stream(connection_to(url), UpstreamRequest(asking()), kept, POLICY)
+        except PipeError as caught:
+            error = caught
+    said = (b"one " if first != PICTURE else b"") + b"two " + (b"three" if b"three" in rest else b"")
+    assert kept.text() == said.decode()
+    assert len(kept.of(MediaProduced)) == (1 if first == PICTURE else 0)
+    assert (requests, sleeps.seconds) == (1, [])
+    assert kept.of(TurnEnded) == ([TurnEnded("completed")] if ended else [])
+    assert (error and error.template) == (None if ended else "broken")
+
+
+@pytest.mark.parametrize(
+    ("scenario", "params"),
+    [
+        ("abrupt", {"cut": 8}),
+        ("abrupt", {"cut": 8, "how": "reset"}),
+        ("eof", {"cut": 8}),
+        ("stall", {"hang": 8}),
+    ],
+)
+async def test_an_answer_that_broke_off_is_not_called_unreachable(
+    scenario: str, params: Json, engine: StreamingEngine, simulator: Simulator
+) -> None:
+    simulator.next(scenario, **params)
+    error, kept = await fail(engine, connection_to(simulator.base_url, idle_timeout_s=0.2))
+    assert kept.text()
+    assert (type(error), error.template) == (StreamError, "broken")
+    told = error.user_message.lower()
+    assert "could not be reached" not in told
+    for words in ("in time", "answer", "connection", "broke", "cut"):
+        assert told.count(words) <= 1, told
 
 
 # Ways out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
@@ -10,6 +11,7 @@ from collections.abc import AsyncIterator, Iterator, Mapping
 from typing import Any
 
 import pytest
+from test_emitters import check_rules
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
     ChatRequest,
@@ -18,21 +20,29 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Runtime,
     Valves,
 )
-from openrouter_responses_pipe.simulator import HTTP_ERRORS, Simulator
+from openrouter_responses_pipe.simulator import CATALOG, HTTP_ERRORS, Simulator
 from tests.support import (
     DIALECTS,
+    EVENT_STREAM,
     KEY,
     MODEL,
+    PATIENCE_S,
     STREAMS,
     TRANSCRIPTS,
     Answer,
     Events,
+    Handler,
     arguments,
     ask,
     call,
     completed,
     delta,
+    frame,
+    hostile,
     inferences,
+    read_request,
+    read_until_text,
+    running_pipe,
     set_valves,
 )
 
@@ -41,6 +51,21 @@ ALL = sorted(DIALECTS)
 IN_A_CHAT = ["browser", "browser_json"]
 WITH_CALLS = ["api_json", "api_stream", "browser", "task_stream"]
 WITH_REASONING = ["api_json", "api_stream", "browser", "browser_json", "task_stream"]
+
+
+def serving(answer: bytes) -> Handler:
+    """A handler that knows the catalog and answers everything else with these bytes."""
+
+    async def handle(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, _, _ = await read_request(reader)
+        if "/models" in line:
+            head = EVENT_STREAM.replace(b"text/event-stream", b"application/json")
+            writer.write(head + json.dumps({"data": CATALOG}).encode())
+        else:
+            writer.write(answer)
+        await writer.drain()
+
+    return handle
 
 
 # The same answer in every dialect
@@ -207,6 +232,41 @@ async def test_a_program_is_told_nothing_by_events(dialect: str, pipe: Pipe, sim
     assert given["__event_emitter__"] == []
 
 
+async def test_the_line_of_another_try_is_ended_when_its_answer_begins(
+    pipe: Pipe, simulator: Simulator
+) -> None:
+    set_valves(pipe, simulator.base_url, RETRY_ATTEMPTS=1)
+    simulator.next("http_error", name="503_no_provider", retry_after=0)
+    simulator.next("drip", rate=50, tokens=10_000)
+    given = arguments("hello")
+    chunks = await pipe.pipe(**given)
+    assert not isinstance(chunks, dict)
+    async with contextlib.aclosing(chunks):
+        await read_until_text(chunks, Answer())
+        begun, ended = given["__event_emitter__"].of("status")
+    assert (begun["done"], "again in 1 s" in begun["description"]) == (False, True)
+    assert (ended["done"], ended["hidden"]) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("status", "told"),
+    [
+        ("completed", ["Searching the web: cats", "Searched the web: cats"]),
+        ("failed", ["Searching the web: cats", "The web search failed: cats"]),
+    ],
+)
+async def test_a_search_of_the_server_is_told(
+    status: str, told: list[str], pipe: Pipe, simulator: Simulator
+) -> None:
+    item = {"type": "web_search_call", "id": "w", "action": {"type": "search", "query": "cats"}}
+    added = frame("response.output_item.added", output_index=1, item={**item, "status": "in_progress"})
+    done = frame("response.output_item.done", output_index=1, item={**item, "status": status})
+    simulator.next("replay", body=(added + done + delta("fine") + completed()).decode())
+    given = arguments("hello")
+    assert (await call(pipe, given)).text == "fine"
+    assert [words.partition(" · ")[0] for words in given["__event_emitter__"].statuses()[:2]] == told
+
+
 async def test_waiting_for_another_try_is_told(pipe: Pipe, simulator: Simulator) -> None:
     set_valves(pipe, simulator.base_url, RETRY_ATTEMPTS=1)
     simulator.next("http_error", name="503_no_provider", retry_after=0)
@@ -234,6 +294,9 @@ async def test_no_status_stays_open_after_a_failure(pipe: Pipe, simulator: Simul
         {"input_tokens_details": 7, "output_tokens_details": "x", "cost": -1},
         {"input_tokens": -5, "output_tokens": 1e300, "cost": 1e-300},
         {"input_tokens": True, "output_tokens": {}, "cost": True},
+        {"input_tokens": math.inf, "output_tokens": 2, "cost": math.inf},
+        {"input_tokens": 1, "output_tokens": math.nan, "cost": math.nan},
+        {"input_tokens": 1, "output_tokens": 2, "cost": -math.inf},
     ],
     ids=str,
 )
@@ -242,6 +305,20 @@ async def test_odd_usage_harms_nothing(usage: Json, dialect: str, pipe: Pipe, si
     simulator.next("replay", body=(delta("fine") + completed(usage=usage)).decode(), tasks=True)
     answer = await ask(pipe, "hello", dialect)
     assert (answer.text, answer.error) == ("fine", "")
+
+
+@pytest.mark.parametrize("dialect", IN_A_CHAT)
+@pytest.mark.parametrize("cost", ["1e400", "Infinity", "NaN"])
+async def test_a_cost_without_measure_is_not_shown(
+    cost: str, dialect: str, pipe: Pipe, simulator: Simulator
+) -> None:
+    end = completed(usage={"output_tokens": 2, "cost": 0.125}).decode().replace("0.125", cost)
+    simulator.next("replay", body=delta("fine").decode() + end)
+    given = arguments("hello", dialect)
+    assert (await call(pipe, given)).text == "fine"
+    last = given["__event_emitter__"].statuses()[-1]
+    assert "2 out" in last
+    assert not re.search(r"\$|inf|nan", last)
 
 
 # Failures: one sentence, and what was shown stays
@@ -266,6 +343,59 @@ async def test_every_refusal_becomes_words(name: str, pipe: Pipe, simulator: Sim
         told.add(re.sub(r"\d+ (second|minute|hour)s", "a while", answer.error))
     assert len(told) == 1
     one_sentence(told.pop())
+
+
+REFUSED_KEY: Json = {"code": 401, "message": f"Incorrect API key provided: {KEY}. Of user_2abcDEF"}
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("place", ["status 401", "status 200", "error", "response.failed"])
+async def test_no_error_shows_the_key(place: str, dialect: str) -> None:
+    failed = {"status": "failed", "error": {**REFUSED_KEY, "code": "server_error"}}
+    inside = {
+        "error": frame("error", error=REFUSED_KEY),
+        "response.failed": frame("response.failed", response=failed),
+    }
+    body = inside.get(place) or json.dumps({"error": REFUSED_KEY, "user_id": "user_2abcDEF"}).encode()
+    kind = "text/event-stream" if place in inside else "application/json"
+    status = "401 No" if place == "status 401" else "200 OK"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: {kind}\r\nConnection: close\r\n\r\n"
+    async with hostile(serving(head.encode() + body)) as url, running_pipe(url) as pipe:
+        given = arguments("hello", dialect)
+        answer = await call(pipe, given)
+    one_sentence(answer.error)
+    assert "Incorrect API key provided: [" in answer.error
+    everything = json.dumps([answer.chunks, given["__event_emitter__"]])
+    assert KEY not in everything
+    assert "user_2abc" not in everything
+
+
+REASONING = frame("response.reasoning_summary_text.delta", output_index=1, summary_index=0, delta="hm")
+SOURCE = frame(
+    "response.output_text.annotation.added",
+    output_index=0,
+    annotation={"type": "url_citation", "url": "https://a.example", "title": "A \ud83d", "content": "\ude00"},
+)
+BAD_ERROR = frame("error", error={"code": 500, "message": "bad \ud83d half"})
+
+
+@pytest.mark.parametrize("dialect", ALL)
+@pytest.mark.parametrize("between", [b"", REASONING, SOURCE], ids=["nothing", "reasoning", "source"])
+@pytest.mark.parametrize("end", [completed(), BAD_ERROR], ids=["completed", "error"])
+async def test_no_half_character_leaves(
+    end: bytes, between: bytes, dialect: str, pipe: Pipe, simulator: Simulator
+) -> None:
+    stream = delta("a \ud83d") + between + delta("\ude00 b") + end
+    simulator.next("replay", body=stream.decode(), tasks=True)
+    given = arguments("hello", dialect)
+    answer = await call(pipe, given)
+    json.dumps([answer.chunks, given["__event_emitter__"]], ensure_ascii=False).encode()
+    failed = end == BAD_ERROR
+    assert bool(answer.error) is failed
+    if not failed or dialect not in ("api_json", "task"):
+        assert answer.text == "a \N{GRINNING FACE} b"
+    if dialect in IN_A_CHAT:
+        assert answer.saved_text() == "a \N{GRINNING FACE} b"
 
 
 @pytest.mark.parametrize("dialect", ["browser", "browser_json", "api_stream", "task_stream"])
@@ -405,6 +535,20 @@ async def test_an_emitter_that_raises_is_survived(
     assert caplog.text.count("ConnectionResetError") == 1
 
 
+@pytest.mark.parametrize("dialect", IN_A_CHAT)
+async def test_an_emitter_that_never_returns_is_survived(
+    dialect: str, pipe: Pipe, simulator: Simulator
+) -> None:
+    async def emit(event: Json) -> None:
+        await asyncio.Event().wait()
+
+    simulator.next("or_search")
+    given = arguments("hello", dialect) | {"__event_emitter__": emit}
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await call(pipe, given)
+    assert (bool(answer.text), answer.error) == (True, "")
+
+
 @pytest.mark.parametrize("dialect", ALL)
 async def test_without_an_emitter(dialect: str, pipe: Pipe, simulator: Simulator) -> None:
     simulator.next("or_search", tasks=True)
@@ -437,6 +581,26 @@ async def test_a_person_sees_every_try(runtime: Runtime, simulator: Simulator) -
         answer.add(chunk)
     assert (answer.text, answer.error) == ("third time lucky", "")
     assert [status for status in events.statuses() if "again in 5 s" in status] == events.statuses()[:2]
+
+
+@pytest.mark.parametrize("dialect", ALL)
+async def test_an_answer_after_reasoning_that_only_began(
+    dialect: str, pipe: Pipe, simulator: Simulator
+) -> None:
+    """The failed try has shown at most an empty thought: the second answer follows as if it were alone."""
+    set_valves(pipe, simulator.base_url, RETRY_ATTEMPTS=1)
+    item = {"type": "reasoning", "id": "r", "summary": []}
+    added = frame("response.output_item.added", output_index=0, item=item)
+    busy = {"status": "failed", "error": {"message": "Overloaded"}, "error_type": "provider_overloaded"}
+    body = (added + frame("response.failed", response=busy)).decode()
+    simulator.next("replay", body=body, tasks=True)
+    simulator.next("reasoning", text="fine", tasks=True)
+    async with asyncio.timeout(PATIENCE_S):
+        answer = await ask(pipe, "hello", dialect)
+    assert (answer.text, answer.error) == ("fine", "")
+    assert len(inferences(simulator)) == 2
+    if dialect == "browser":
+        check_rules(answer.chunks)
 
 
 async def test_what_a_failed_try_cost_is_added(pipe: Pipe, simulator: Simulator) -> None:
