@@ -70,6 +70,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from datetime import date
 from email.utils import parsedate_to_datetime
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, cast
 from urllib.parse import urlsplit
@@ -106,7 +107,8 @@ except ImportError:
 
 # Limits and sizes
 _CATALOG_REFRESH_S: Final = 3600.0
-_CATALOG_RETRY_S: Final = 15.0
+_CATALOG_RETRY_S: Final = 15.0  # after the first failure; twice as long after each further one
+_CATALOG_LONGEST_RETRY_S: Final = 300.0
 _CATALOG_TIMEOUT_S: Final = 30.0
 _CATALOG_WAIT_S: Final = 5.0  # what a page load or a chat waits for the very first catalog
 _MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
@@ -248,7 +250,10 @@ class ToolCall(NamedTuple):
 
 
 class ModelSpec(NamedTuple):
-    """What the catalog says of one model. Limits in tokens; None where it does not say."""
+    """What the catalog says of one model; None where it does not say.
+
+    Limits in tokens, prices in US dollars per token, `created` in seconds of the epoch, `expires` as a date.
+    """
 
     id: str
     name: str
@@ -257,6 +262,20 @@ class ModelSpec(NamedTuple):
     output_modalities: frozenset[str] = frozenset({"text"})
     supported_parameters: frozenset[str] = frozenset()
     reasoning: bool = False
+    price_in: float | None = None
+    price_out: float | None = None
+    created: int = 0
+    expires: str = ""
+
+    @property
+    def vendor(self) -> str:
+        """The author's slug."""
+        return self.id.partition("/")[0].lstrip("~")
+
+    @property
+    def is_free(self) -> bool:
+        """Whether it costs nothing, in and out."""
+        return self.price_in == 0 and self.price_out == 0
 
     @property
     def writes_text(self) -> bool:
@@ -272,6 +291,20 @@ class ModelSpec(NamedTuple):
     def takes_images(self) -> bool:
         """Whether the model sees pictures."""
         return "image" in self.input_modalities
+
+
+class ModelRef(NamedTuple):
+    """A model id taken apart: `base` is what the catalog lists, the rest says how to route it."""
+
+    id: str
+    base: str
+    shortcuts: tuple[str, ...] = ()
+    preset: str = ""
+
+    @property
+    def remark(self) -> str:
+        """What a name needs to tell it from its base: `nitro`, `preset brief`."""
+        return ", ".join([*self.shortcuts, *([f"preset {self.preset}"] if self.preset else [])])
 
 
 class Connection(NamedTuple):
@@ -1098,7 +1131,51 @@ class _ConnectionValves:
     SUPPORT_CONTACT: str = Field(default="", description="Whom to ask for help; shown under error messages.")
 
 
-class _StreamingValves(_ConnectionValves):
+class _ModelValves(_ConnectionValves):
+    MODEL_ID: str = Field(
+        default="auto", description="Models of the menu: auto = all, or a comma list of ids, * allowed."
+    )
+    EXCLUDE_KEYWORDS: str = Field(
+        default="", description="Models whose id or name holds one of these words are left out: a comma list."
+    )
+    FREE_MODEL_FILTER: Literal["all", "only", "exclude"] = Field(
+        default="all", description="Free models: show all models, only the free ones, or none of them."
+    )
+    TOOL_CALLING_FILTER: Literal["all", "only", "exclude"] = Field(
+        default="all", description="Models that can call tools: show all, only these, or none of them."
+    )
+    MIN_CONTEXT: int = Field(
+        default=0, ge=0, le=100_000_000, description="Smallest context of a model shown, in tokens; 0 = any."
+    )
+    MAX_PRICE: float = Field(
+        default=0.0,
+        ge=0.0,
+        le=1_000_000.0,
+        description="Highest price of a model shown, in US dollars per million output tokens; 0 = any.",
+    )
+    HIDE_EXPIRING_DAYS: int = Field(
+        default=0, ge=0, le=365, description="Leave out models that go away within so many days; 0 = none."
+    )
+    VARIANT_MODELS: str = Field(
+        default="",
+        description=(
+            "Models shown besides, filters or not: a comma list of ids with a shortcut or preset, such as "
+            "openai/gpt-5:nitro or @preset/brief."
+        ),
+    )
+    MODEL_SORT: Literal["name", "newest", "price", "context"] = Field(
+        default="name", description="Order of the menu: by name, newest, cheapest or largest context first."
+    )
+    MODEL_NAME_FORMAT: str = Field(
+        default="{name}",
+        description="Name of a model in the menu; filled in: {name}, {id}, {vendor}, {price}, {context}.",
+    )
+    MODEL_CATALOG_REFRESH_SECONDS: int = Field(
+        default=3600, ge=60, le=86400, description="Seconds after which the list of models is renewed."
+    )
+
+
+class _StreamingValves(_ModelValves):
     STREAMING_UPDATE_PROFILE: Literal["auto", "quick", "normal", "slow", "custom"] = Field(
         default="auto",
         description="How often text reaches the page. auto = at once; custom = the two valves below.",
@@ -1340,6 +1417,18 @@ class _Loading(NamedTuple):
     started_at: float
 
 
+class _Outage(NamedTuple):
+    error: PipeError
+    failed_at: float
+    times: int = 1
+
+    @property
+    def ends_at(self) -> float:
+        """When the catalog may be asked for again."""
+        wait_s = _CATALOG_RETRY_S * 2 ** min(self.times - 1, 10)
+        return self.failed_at + min(wait_s, _CATALOG_LONGEST_RETRY_S)
+
+
 def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
     """One entry of `GET /models` (reference §11); None without an id. Unknown keys are ignored."""
     model_id = entry.get("id")
@@ -1347,6 +1436,8 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
         return None
     architecture = _mapping(entry.get("architecture"))
     context = entry.get("context_length")
+    pricing = _mapping(entry.get("pricing"))
+    created = entry.get("created")
     parameters = frozenset(_strings(entry.get("supported_parameters")))
     return ModelSpec(
         id=model_id,
@@ -1356,7 +1447,43 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
         output_modalities=frozenset(_strings(architecture.get("output_modalities")) or ("text",)),
         supported_parameters=parameters,
         reasoning=isinstance(entry.get("reasoning"), Mapping) or "reasoning" in parameters,
+        price_in=_price(pricing.get("prompt")),
+        price_out=_price(pricing.get("completion")),
+        created=int(created) if _is_number(created) else 0,
+        expires=str(entry.get("expiration_date") or ""),
     )
+
+
+def _parse_model_id(model_id: str) -> ModelRef:
+    """Take an id apart (reference §2): `author/slug:free:nitro@preset/name`, each part but one optional.
+
+    Variants such as `:free` are entries of the catalog and stay with the base; shortcuts may follow any id.
+    """
+    model_id = model_id.strip()
+    base, _, preset = model_id.partition("@preset/")
+    parts = base.split(":")
+    kept = len(parts)
+    while kept > 1 and parts[kept - 1] in _ROUTING_SHORTCUTS:
+        kept -= 1
+    return ModelRef(model_id, ":".join(parts[:kept]), tuple(parts[kept:]), preset)
+
+
+_ROUTING_SHORTCUTS: Final = frozenset({"nitro", "floor", "exacto", "online"})
+
+
+def _spec_of(models: Mapping[str, ModelSpec], ref: ModelRef) -> ModelSpec | None:
+    """What the catalog says of a reference, under its own id; a variant that it lacks is as its base."""
+    known = models.get(ref.id) or models.get(ref.base) or models.get(ref.base.partition(":")[0])
+    return None if known is None else known._replace(id=ref.id)
+
+
+def _price(value: Any) -> float | None:
+    """US dollars per token, given as a string; None for none, and for the -1 of routers."""
+    try:
+        price = float(value)
+    except (TypeError, ValueError):
+        return None
+    return price if _is_number(price) and price >= 0 else None
 
 
 _NO_LIST: Final = "OpenRouter's model list did not come in time"
@@ -1373,17 +1500,19 @@ class OpenRouterModelRegistry:
         self._clock = clock
         self._catalogs: dict[_CatalogKey, _Catalog] = {}
         self._loading: dict[_CatalogKey, _Loading] = {}
-        self._failed: dict[_CatalogKey, tuple[float, PipeError]] = {}
+        self._outages: dict[_CatalogKey, _Outage] = {}
 
-    async def ensure_loaded(self, connection: Connection) -> dict[str, ModelSpec]:
-        """The models by id. An old catalog serves while a new one cannot be had.
+    async def ensure_loaded(
+        self, connection: Connection, refresh_s: float = _CATALOG_REFRESH_S
+    ) -> dict[str, ModelSpec]:
+        """The models by id. One older than `refresh_s` seconds serves until a new one has come.
 
         Raises:
-            PipeError: there is no catalog; after a failure it is asked for again every 15 seconds.
+            PipeError: there is no catalog; it is asked for again 15 seconds later, then less and less often.
         """
         key = (connection.base_url, hashlib.sha256(connection.key.encode()).hexdigest())
         catalog = self._catalogs.get(key)
-        if catalog is not None and self._clock() - catalog.fetched_at < _CATALOG_REFRESH_S:
+        if catalog is not None and self._clock() - catalog.fetched_at < refresh_s:
             return catalog.models
         loading = self._loading.get(key) or self._start_loading(key, connection)
         if catalog is None and loading is not None:
@@ -1393,16 +1522,17 @@ class OpenRouterModelRegistry:
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
-        _, error = self._failed.get(key, (0.0, StreamError(_NO_LIST, template="catalog")))
-        raise error
+        outage = self._outages.get(key)
+        raise outage.error if outage is not None else StreamError(_NO_LIST, template="catalog")
 
-    async def get(self, connection: Connection, model_id: str) -> ModelSpec:
+    async def get(
+        self, connection: Connection, model_id: str, refresh_s: float = _CATALOG_REFRESH_S
+    ) -> ModelSpec:
         """What is known of a model; one that takes everything where the catalog does not have it."""
         with contextlib.suppress(PipeError):
-            models = await self.ensure_loaded(connection)
-            spec = models.get(model_id) or models.get(model_id.rsplit(":", 1)[0])
+            spec = _spec_of(await self.ensure_loaded(connection, refresh_s), _parse_model_id(model_id))
             if spec is not None:
-                return spec._replace(id=model_id)  # a variant such as `:nitro` has no entry of its own
+                return spec
         # Nothing is known: send everything, and let OpenRouter say what it cannot take.
         everything = frozenset({"text", "image"})
         return ModelSpec(model_id, model_id, None, everything, supported_parameters=frozenset({"tools"}))
@@ -1416,8 +1546,8 @@ class OpenRouterModelRegistry:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
 
     def _start_loading(self, key: _CatalogKey, connection: Connection) -> _Loading | None:
-        failed_at, _ = self._failed.get(key, (-_CATALOG_RETRY_S, None))
-        if self._clock() - failed_at < _CATALOG_RETRY_S:
+        outage = self._outages.get(key)
+        if outage is not None and self._clock() < outage.ends_at:
             return None
         task = asyncio.get_running_loop().create_task(self._load(key, connection), name="model list")
         self._loading[key] = _Loading(task, self._clock())
@@ -1436,17 +1566,148 @@ class OpenRouterModelRegistry:
                 )
         except (PipeError, TimeoutError) as exc:
             error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
-            LOGGER.warning("The model list could not be loaded: %s", error.detail)
-            self._failed[key] = (self._clock(), error)
+            outage = self._outages.get(key)
+            if outage is None:  # one warning for an outage, however long it is
+                LOGGER.warning("The model list could not be loaded: %s", error.detail)
+            self._outages[key] = _Outage(error, self._clock(), 1 + (outage.times if outage else 0))
         else:
-            self._failed.pop(key, None)
+            if self._outages.pop(key, None) is not None:
+                LOGGER.info("The model list is there again")
             self._catalogs[key] = _Catalog(models, self._clock())
 
 
-def _menu(models: Mapping[str, ModelSpec]) -> list[dict[str, str]]:
-    """The entries of Open WebUI's model menu: `{id, name}`, by name."""
-    chat = [spec for spec in models.values() if spec.writes_text]
-    return [{"id": spec.id, "name": spec.name} for spec in sorted(chat, key=lambda spec: spec.name.lower())]
+# The menu: each filter says whether a model stays, with the valves and the date of today (YYYY-MM-DD)
+_MenuFilter = Callable[[ModelSpec, Valves, str], bool]
+
+
+def _is_named(spec: ModelSpec, valves: Valves, today: str) -> bool:
+    return valves.MODEL_ID.strip().lower() in ("", "auto") or _matches_any(spec.id, valves.MODEL_ID)
+
+
+def _is_not_excluded(spec: ModelSpec, valves: Valves, today: str) -> bool:
+    text = f"{spec.id} {spec.name}".lower()
+    words = (word.strip().lower() for word in valves.EXCLUDE_KEYWORDS.split(","))
+    return not any(word in text for word in words if word)
+
+
+def _fits_choice(has: bool, choice: str) -> bool:
+    return choice == "all" or has == (choice == "only")
+
+
+def _is_large_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
+    return not valves.MIN_CONTEXT or (spec.context_length or 0) >= valves.MIN_CONTEXT
+
+
+def _is_cheap_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
+    """A price that nobody knows, as that of a router, is not below any limit."""
+    if not valves.MAX_PRICE:
+        return True
+    return spec.price_out is not None and spec.price_out * 1e6 <= valves.MAX_PRICE * (1 + 1e-9)
+
+
+def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
+    """Whether it does not go away soon."""
+    if not valves.HIDE_EXPIRING_DAYS:
+        return True
+    try:
+        left = date.fromisoformat(spec.expires[:10]) - date.fromisoformat(today)
+    except ValueError:
+        return True
+    return left.days > valves.HIDE_EXPIRING_DAYS
+
+
+_MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
+    lambda spec, valves, today: spec.writes_text,
+    _is_named,
+    _is_not_excluded,
+    lambda spec, valves, today: _fits_choice(spec.is_free, valves.FREE_MODEL_FILTER),
+    lambda spec, valves, today: _fits_choice(spec.takes_tools, valves.TOOL_CALLING_FILTER),
+    _is_large_enough,
+    _is_cheap_enough,
+    _stays,
+)
+_UNKNOWN_LAST: Final = math.inf
+# order -> what a model is placed by; equal ones stand by name
+_MENU_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
+    "name": lambda spec: 0,
+    "newest": lambda spec: -spec.created,
+    "price": lambda spec: _UNKNOWN_LAST if spec.price_out is None else spec.price_out,
+    "context": lambda spec: -(spec.context_length or 0),
+}
+
+
+def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[dict[str, str]]:
+    """The entries of Open WebUI's model menu, `{id, name}`, as the valves choose, order and name them.
+
+    Raises:
+        ConfigurationError: no model is left.
+    """
+    shown = [spec for spec in models.values() if all(stays(spec, valves, today) for stays in _MENU_FILTERS)]
+    shown += _extra_models(models, valves.VARIANT_MODELS, {spec.id for spec in shown})
+    if not shown:
+        raise ConfigurationError(
+            "OpenRouter: no model passes the filters in the valves of this function; "
+            "an administrator can loosen them."
+        )
+    order = _MENU_ORDERS[valves.MODEL_SORT]
+    shown.sort(key=lambda spec: (order(spec), spec.name.lower(), spec.id))
+    return [{"id": spec.id, "name": _menu_name(spec, valves.MODEL_NAME_FORMAT)} for spec in shown]
+
+
+def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str]) -> list[ModelSpec]:
+    """The entries that an administrator adds by name; no filter applies to them."""
+    extra: dict[str, ModelSpec] = {}
+    for ref in map(_parse_model_id, filter(None, (text.strip() for text in listed.split(",")))):
+        spec = _spec_of(models, ref) if ref.base else ModelSpec(ref.id, "OpenRouter")
+        if spec is not None and ref.id not in known:
+            extra[ref.id] = spec._replace(name=f"{spec.name} ({ref.remark})" if ref.remark else spec.name)
+    return list(extra.values())
+
+
+def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
+    """What `MODEL_ID` and `VARIANT_MODELS` name and the catalog does not have."""
+    names = [name.strip() for name in valves.MODEL_ID.split(",")]
+    ids = [model_id.lower() for model_id in models]
+    refs = [_parse_model_id(text) for text in valves.VARIANT_MODELS.split(",")]
+    return [ref.id for ref in refs if ref.base and _spec_of(models, ref) is None] + [
+        name for name in names if name and name.lower() != "auto" and not fnmatch.filter(ids, name.lower())
+    ]
+
+
+def _menu_name(spec: ModelSpec, template: str) -> str:
+    """`template` filled in; the plain name where nothing is left of it."""
+    fields = {
+        "name": spec.name,
+        "id": spec.id,
+        "vendor": spec.vendor,
+        "price": format_price(spec),
+        "context": format_tokens(spec.context_length),
+    }
+    return _fill_template(template, fields) or spec.name
+
+
+def format_price(spec: ModelSpec) -> str:
+    """In US dollars per million tokens, in and out: `$0.25 / $2`; `free`; nothing where nobody knows."""
+    if spec.is_free:
+        return "free"
+    if spec.price_in is None or spec.price_out is None:
+        return ""
+    return f"{_dollars_per_million(spec.price_in)} / {_dollars_per_million(spec.price_out)}"
+
+
+def _dollars_per_million(per_token: float) -> str:
+    amount = f"{per_token * 1e6:.4f}".rstrip("0").rstrip(".")
+    return "$" + (amount if len(amount.partition(".")[2]) != 1 else amount + "0")
+
+
+def format_tokens(count: int | None) -> str:
+    """A limit as people say it: `400K`, `1M`, `8.2K`; nothing where nobody knows."""
+    if not count:
+        return ""
+    for size, unit in ((1_000_000, "M"), (1_000, "K")):
+        if count >= size:
+            return f"{round(count / size, 1):g}{unit}"
+    return str(count)
 
 
 def _setup_entry(error: PipeError) -> list[dict[str, str]]:
@@ -4463,7 +4724,8 @@ class TurnLoop:
                 "This entry only says what is missing. Please choose a model, or reload the page."
             )
         body = CompletionsBody.parse(request.body)
-        spec = await self._registry.get(connection, request.model)
+        refresh_s = float(job.valves.MODEL_CATALOG_REFRESH_SECONDS)
+        spec = await self._registry.get(connection, request.model, refresh_s)
         translated = ResponsesBody.from_completions(
             body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
@@ -4534,6 +4796,7 @@ class Runtime:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.retired = False
         self.last_menu: list[dict[str, str]] = []
+        self._named_unmatched = ""
         self._env = env
         self._clock = clock
         self._client = OpenRouterClient()
@@ -4563,8 +4826,19 @@ class Runtime:
         Raises:
             PipeError: there is no key or no catalog.
         """
-        self.last_menu = _menu(await self._registry.ensure_loaded(_connection(valves, self._env)))
+        refresh_s = float(valves.MODEL_CATALOG_REFRESH_SECONDS)
+        models = await self._registry.ensure_loaded(_connection(valves, self._env), refresh_s)
+        self._warn_unmatched(models, valves)
+        self.last_menu = []  # filters that leave nothing must not leave what was there before
+        self.last_menu = _menu(models, valves, time.strftime("%Y-%m-%d"))
         return self.last_menu
+
+    def _warn_unmatched(self, models: Mapping[str, ModelSpec], valves: Valves) -> None:
+        """Name the models that the valves ask for and the catalog does not have; the same ones only once."""
+        names = ", ".join(_unmatched(models, valves))
+        if names and names != self._named_unmatched:
+            LOGGER.warning("The valves name models that OpenRouter does not have: %s", names)
+        self._named_unmatched = names
 
     def job(self, request: ChatRequest, valves: Valves) -> _PipeJob:
         """A request made ready to run."""

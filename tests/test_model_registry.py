@@ -14,14 +14,21 @@ from hypothesis import strategies as st
 from openrouter_responses_pipe.openrouter_responses_pipe import (
     ConfigurationError,
     Connection,
+    ModelRef,
     ModelSpec,
     OpenRouterAPIError,
     OpenRouterModelRegistry,
     PipeError,
     StreamError,
+    Valves,
     _menu,
     _model_spec,
+    _parse_model_id,
     _setup_entry,
+    _spec_of,
+    _unmatched,
+    format_price,
+    format_tokens,
 )
 from tests.recorded import Clock
 
@@ -30,6 +37,7 @@ DATA: Final = Path(__file__).parent / "data" / "openrouter"
 CATALOG: Final[Json] = json.loads((DATA / "models_catalog.json").read_text("utf-8"))
 ENTRIES: Final[dict[str, Json]] = {entry["id"]: entry for entry in CATALOG["data"]}
 SPECS: Final = {model_id: _model_spec(entry) for model_id, entry in ENTRIES.items()}
+TODAY: Final = "2026-08-21"
 ONE: Final[Json] = {"data": [{"id": "a/one", "name": "One"}]}
 TWO: Final[Json] = {"data": [{"id": "a/one", "name": "One"}, {"id": "a/two", "name": "Two"}]}
 DOWN: Final = StreamError("down", template="network", retryable=True)
@@ -97,7 +105,10 @@ JSON: Final = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=5,
 )
-KEYS: Final = ("id", "name", "architecture", "context_length", "supported_parameters", "reasoning")
+KEYS: Final = (
+    *("id", "name", "architecture", "context_length", "supported_parameters", "reasoning"),
+    *("pricing", "created", "expiration_date"),
+)
 
 
 @settings(max_examples=200, deadline=None)
@@ -117,7 +128,7 @@ def test_any_entry_can_be_read(entry: Json) -> None:
 
 def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
     models = {model_id: spec for model_id, spec in SPECS.items() if spec is not None}
-    menu = _menu(models)
+    menu = _menu(models, Valves(), TODAY)
     ids = [row["id"] for row in menu]
     assert set(ids) == {
         model_id
@@ -130,6 +141,226 @@ def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
     names = [row["name"] for row in menu]
     assert names == sorted(names, key=str.lower)
     assert all(set(row) == {"id", "name"} for row in menu)
+
+
+def spec(model_id: str, name: str = "", **known: Any) -> ModelSpec:
+    return ModelSpec(model_id, name or model_id, **known)
+
+
+TOOLS: Final = frozenset({"tools"})
+SHELF: Final = {
+    one.id: one
+    for one in (
+        spec("acme/big", "Acme: Big", context_length=1_000_000, price_in=2e-6, price_out=1e-5, created=30),
+        spec("acme/small", "Acme: Small", context_length=8192, price_in=1e-7, price_out=4e-7, created=20),
+        spec("zeta/gift:free", "Zeta: Gift (free)", price_in=0.0, price_out=0.0, supported_parameters=TOOLS),
+        spec("zeta/old", "Zeta: Old", price_in=1e-6, price_out=1e-6, expires="2026-08-31", created=10),
+        spec("openrouter/auto", "Auto Router", context_length=2_000_000, created=40),
+        spec("zeta/painter", "Zeta: Painter", output_modalities=frozenset({"image"})),
+    )
+}
+
+
+def with_valves(**valves: Any) -> Valves:
+    return Valves(**valves)
+
+
+def listed(**valves: Any) -> list[dict[str, str]]:
+    return _menu(SHELF, with_valves(**valves), TODAY)
+
+
+def listed_with(extra: list[str]) -> list[dict[str, str]]:
+    return listed(VARIANT_MODELS=",".join(extra))
+
+
+def shown(**valves: Any) -> list[str]:
+    return [row["id"] for row in listed(**valves)]
+
+
+ALL: Final = ["acme/big", "acme/small", "openrouter/auto", "zeta/gift:free", "zeta/old"]
+
+
+@pytest.mark.parametrize(
+    ("valves", "ids"),
+    [
+        ({}, ALL),
+        ({"MODEL_ID": ""}, ALL),
+        ({"MODEL_ID": " Auto "}, ALL),
+        ({"MODEL_ID": "ACME/*, zeta/old"}, ["acme/big", "acme/small", "zeta/old"]),
+        ({"MODEL_ID": "zeta/*"}, ["zeta/gift:free", "zeta/old"]),
+        ({"EXCLUDE_KEYWORDS": "router, BIG,,"}, ["acme/small", "zeta/gift:free", "zeta/old"]),
+        ({"FREE_MODEL_FILTER": "only"}, ["zeta/gift:free"]),
+        ({"FREE_MODEL_FILTER": "exclude"}, ["acme/big", "acme/small", "openrouter/auto", "zeta/old"]),
+        ({"TOOL_CALLING_FILTER": "only"}, ["zeta/gift:free"]),
+        ({"TOOL_CALLING_FILTER": "exclude"}, ["acme/big", "acme/small", "openrouter/auto", "zeta/old"]),
+        ({"MIN_CONTEXT": 8192}, ["acme/big", "acme/small", "openrouter/auto"]),
+        ({"MIN_CONTEXT": 8193}, ["acme/big", "openrouter/auto"]),
+        ({"MAX_PRICE": 1.0}, ["acme/small", "zeta/gift:free", "zeta/old"]),
+        ({"MAX_PRICE": 0.4}, ["acme/small", "zeta/gift:free"]),
+        ({"MAX_PRICE": 0.3}, ["zeta/gift:free"]),
+        ({"HIDE_EXPIRING_DAYS": 10}, ["acme/big", "acme/small", "openrouter/auto", "zeta/gift:free"]),
+        ({"HIDE_EXPIRING_DAYS": 9}, ALL),
+        (
+            {"MODEL_SORT": "newest"},
+            ["openrouter/auto", "acme/big", "acme/small", "zeta/old", "zeta/gift:free"],
+        ),
+        (
+            {"MODEL_SORT": "price"},
+            ["zeta/gift:free", "acme/small", "zeta/old", "acme/big", "openrouter/auto"],
+        ),
+        (
+            {"MODEL_SORT": "context"},
+            ["openrouter/auto", "acme/big", "acme/small", "zeta/gift:free", "zeta/old"],
+        ),
+        ({"MODEL_ID": "acme/*", "MODEL_SORT": "price", "MAX_PRICE": 10}, ["acme/small", "acme/big"]),
+    ],
+    ids=str,
+)
+def test_what_the_valves_choose(valves: Json, ids: list[str]) -> None:
+    assert shown(**valves) == ids
+
+
+def test_filters_that_leave_nothing_say_so() -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        shown(MODEL_ID="nobody/*")
+    (row,) = _setup_entry(caught.value)
+    assert "no model passes the filters" in row["name"]
+
+
+@pytest.mark.parametrize(
+    ("globs", "names"),
+    [
+        ("auto", []),
+        ("", []),
+        ("acme/big, ZETA/*", []),
+        ("acme/bigger, acme/*, [", ["acme/bigger", "["]),
+        ("auto, nobody/*", ["nobody/*"]),
+    ],
+)
+def test_ids_that_the_catalog_does_not_have(globs: str, names: list[str]) -> None:
+    assert _unmatched(SHELF, with_valves(MODEL_ID=globs)) == names
+
+
+@pytest.mark.parametrize(
+    ("listed", "names"),
+    [
+        ("", {}),
+        ("acme/big:nitro", {"acme/big:nitro": "Acme: Big (nitro)"}),
+        (" acme/big:floor:online , ", {"acme/big:floor:online": "Acme: Big (floor, online)"}),
+        ("acme/big@preset/brief", {"acme/big@preset/brief": "Acme: Big (preset brief)"}),
+        ("@preset/brief", {"@preset/brief": "OpenRouter (preset brief)"}),
+        ("zeta/gift:free:nitro", {"zeta/gift:free:nitro": "Zeta: Gift (free) (nitro)"}),
+        ("acme/big, nobody/x:nitro", {"acme/big": "Acme: Big"}),
+    ],
+)
+def test_entries_that_the_administrator_adds(listed: str, names: dict[str, str]) -> None:
+    """They are there although a filter leaves all others out."""
+    menu = _menu({**SHELF}, with_valves(MODEL_ID="zeta/old", VARIANT_MODELS=listed), TODAY)
+    assert {row["id"]: row["name"] for row in menu} == {"zeta/old": "Zeta: Old", **names}
+    assert _unmatched(SHELF, with_valves(VARIANT_MODELS=listed)) == [
+        ref for ref in ("nobody/x:nitro",) if ref in listed
+    ]
+
+
+def test_an_added_entry_that_is_there_already_is_there_once() -> None:
+    assert shown(VARIANT_MODELS="acme/big,acme/big:nitro,acme/big:nitro").count("acme/big") == 1
+    assert shown(VARIANT_MODELS="acme/big,acme/big:nitro,acme/big:nitro").count("acme/big:nitro") == 1
+
+
+@pytest.mark.parametrize(
+    ("model_id", "ref"),
+    [
+        ("a/b", ModelRef("a/b", "a/b")),
+        ("a/b.5-c", ModelRef("a/b.5-c", "a/b.5-c")),
+        ("a/b:free", ModelRef("a/b:free", "a/b:free")),
+        ("a/b:nitro", ModelRef("a/b:nitro", "a/b", ("nitro",))),
+        ("a/b:free:online", ModelRef("a/b:free:online", "a/b:free", ("online",))),
+        ("~a/b-latest:floor", ModelRef("~a/b-latest:floor", "~a/b-latest", ("floor",))),
+        ("openrouter/auto", ModelRef("openrouter/auto", "openrouter/auto")),
+        ("@preset/x.y", ModelRef("@preset/x.y", "", (), "x.y")),
+        ("a/b:exacto@preset/x", ModelRef("a/b:exacto@preset/x", "a/b", ("exacto",), "x")),
+        ("", ModelRef("", "")),
+        (":nitro", ModelRef(":nitro", "", ("nitro",))),
+    ],
+)
+def test_an_id_taken_apart(model_id: str, ref: ModelRef) -> None:
+    assert _parse_model_id(model_id) == ref
+    assert _parse_model_id(f" {model_id} ") == ref
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    ids=st.lists(st.sampled_from(sorted(SHELF)), max_size=3),
+    tails=st.lists(st.sampled_from(["", ":nitro", ":floor:online", "@preset/x", ":free", ":thinking"])),
+)
+def test_what_the_menu_shows_has_a_spec(ids: list[str], tails: list[str]) -> None:
+    listed = [model_id + tail for model_id in ids for tail in tails]
+    for row in listed_with(listed):
+        found = _spec_of(SHELF, _parse_model_id(row["id"]))
+        assert found is not None
+        assert found.id == row["id"]
+
+
+@pytest.mark.parametrize(
+    ("template", "names"),
+    [
+        ("{name}", ["Acme: Big", "Acme: Small", "Auto Router"]),
+        ("{id}", ["acme/big", "acme/small", "openrouter/auto"]),
+        ("{vendor}: {context} {price}", ["acme: 1M $2 / $10", "acme: 8.2K $0.10 / $0.40", "openrouter: 2M"]),
+        ("{other} {name} {", ["{other} Acme: Big {", "{other} Acme: Small {", "{other} Auto Router {"]),
+        ("{price}", ["$2 / $10", "$0.10 / $0.40", "Auto Router"]),
+        (" ", ["Acme: Big", "Acme: Small", "Auto Router"]),
+    ],
+)
+def test_names_as_the_valve_forms_them(template: str, names: list[str]) -> None:
+    assert [row["name"] for row in listed(MODEL_NAME_FORMAT=template, MIN_CONTEXT=1)] == names
+
+
+@pytest.mark.parametrize(
+    ("price_in", "price_out", "text"),
+    [
+        (0.0, 0.0, "free"),
+        (0.0, 1e-6, "$0 / $1"),
+        (None, 1e-6, ""),
+        (2.5e-7, 2e-6, "$0.25 / $2"),
+        (1.25e-6, 1e-5, "$1.25 / $10"),
+        (3.75e-8, 1.5e-7, "$0.0375 / $0.15"),
+        (1.5e-5, 6e-4, "$15 / $600"),
+        (1e-12, 5e-7, "$0 / $0.50"),
+    ],
+)
+def test_prices_for_people(price_in: float | None, price_out: float | None, text: str) -> None:
+    assert format_price(spec("a/b", price_in=price_in, price_out=price_out)) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        (None, ""),
+        (0, ""),
+        (512, "512"),
+        (8192, "8.2K"),
+        (128_000, "128K"),
+        (400_000, "400K"),
+        (1_048_576, "1M"),
+    ],
+)
+def test_limits_for_people(count: int | None, text: str) -> None:
+    assert format_tokens(count) == text
+
+
+def test_prices_dates_and_ages_of_the_recorded_catalog() -> None:
+    """Every price is one, or unknown; a router's is unknown."""
+    for model_id, entry in ENTRIES.items():
+        found, pricing = SPECS[model_id], entry["pricing"]
+        assert found is not None
+        wanted = [float(pricing[key]) for key in ("prompt", "completion")]
+        assert [found.price_in, found.price_out] == [None if price < 0 else price for price in wanted]
+        assert found.created == entry["created"]
+        assert found.expires == (entry.get("expiration_date") or "")
+    auto = SPECS["openrouter/auto"]
+    assert auto is not None
+    assert auto.price_out is None
 
 
 def test_an_entry_that_says_what_is_missing() -> None:
@@ -200,9 +431,46 @@ async def test_an_old_catalog_serves_while_no_new_one_can_be_had() -> None:
     assert await ask() == (["a/one"], 2), "not asked for again within 15 seconds"
     clock.now += 1
     assert await ask() == (["a/one"], 3)
-    clock.now += 15
+    clock.now += 29
+    assert await ask() == (["a/one"], 3), "after the second failure twice as long"
+    clock.now += 1
     assert await ask() == (["a/one"], 4)
     assert await ask() == (["a/one", "a/two"], 4)
+
+
+async def test_an_hour_without_the_catalog_is_told_once_and_asked_for_seldom(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    registry, fetch, clock = registry_of(ONE, DOWN)
+    caplog.set_level("INFO")
+    await registry.ensure_loaded(HERE)
+    clock.now += 3600
+    for _ in range(3600):
+        clock.now += 1
+        assert list(await registry.ensure_loaded(HERE)) == ["a/one"]
+        await settle()
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert len(fetch.asked) <= 20
+    fetch.answers = [TWO]
+    clock.now += 300
+    await registry.ensure_loaded(HERE)
+    await settle()
+    assert list(await registry.ensure_loaded(HERE)) == ["a/one", "a/two"]
+    assert [record.levelname for record in caplog.records] == ["WARNING", "INFO"]
+
+
+@pytest.mark.parametrize("refresh_s", [60.0, 86_400.0])
+async def test_the_valve_says_how_long_it_is_fresh(refresh_s: float) -> None:
+    registry, fetch, clock = registry_of(ONE, TWO)
+    await registry.ensure_loaded(HERE, refresh_s)
+    clock.now += refresh_s - 1
+    await registry.get(HERE, "a/one", refresh_s)
+    await settle()
+    assert len(fetch.asked) == 1
+    clock.now += 1
+    await registry.get(HERE, "a/one", refresh_s)
+    await settle()
+    assert len(fetch.asked) == 2
 
 
 async def test_without_any_catalog_the_failure_is_told_and_repeated_for_a_while() -> None:

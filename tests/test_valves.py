@@ -40,8 +40,8 @@ class Row(NamedTuple):
 
     kind: str
     default: Any
-    low: int | None = None
-    high: int | None = None
+    low: float | None = None
+    high: float | None = None
     choices: tuple[str, ...] = ()
 
 
@@ -59,6 +59,17 @@ ROWS: Final[dict[str, Row]] = {
     "APP_TITLE": Row("string", "Open WebUI"),
     "APP_CATEGORIES": Row("string", "general-chat"),
     "SUPPORT_CONTACT": Row("string", ""),
+    "MODEL_ID": Row("string", "auto"),
+    "EXCLUDE_KEYWORDS": Row("string", ""),
+    "FREE_MODEL_FILTER": Row("string", "all", choices=("all", "only", "exclude")),
+    "TOOL_CALLING_FILTER": Row("string", "all", choices=("all", "only", "exclude")),
+    "MIN_CONTEXT": Row("integer", 0, 0, 100_000_000),
+    "MAX_PRICE": Row("number", 0.0, 0.0, 1_000_000.0),
+    "HIDE_EXPIRING_DAYS": Row("integer", 0, 0, 365),
+    "VARIANT_MODELS": Row("string", ""),
+    "MODEL_SORT": Row("string", "name", choices=("name", "newest", "price", "context")),
+    "MODEL_NAME_FORMAT": Row("string", "{name}"),
+    "MODEL_CATALOG_REFRESH_SECONDS": Row("integer", 3600, 60, 86_400),
     "STREAMING_UPDATE_PROFILE": Row("string", "auto", choices=PROFILES),
     "STREAMING_UPDATE_CHAR_LIMIT": Row("integer", 20, 10, 500),
     "STREAMING_IDLE_FLUSH_MS": Row("integer", 250, 0, 2000),
@@ -196,6 +207,17 @@ def test_numbers_are_moved_inside_their_bounds(name: str) -> None:
         assert valves.problems() == []
 
 
+@pytest.mark.parametrize(
+    ("value", "used"),
+    [(2.5, 2.5), ("2.5", 2.5), (2, 2.0), (-1, 0.0), ("1e400", 1e6), (10**400, 1e6), (0, 0.0)],
+)
+def test_a_price_may_have_a_fraction(value: Any, used: float) -> None:
+    valves = of_admin(MAX_PRICE=value)
+    assert setting(valves, "MAX_PRICE") == used
+    assert stored(of_admin(**stored(valves))) == {"MAX_PRICE": used}
+    assert valves.problems() == []
+
+
 @pytest.mark.parametrize("name", NUMBERS)
 @pytest.mark.parametrize("value", [12.7, "12.7", 12.0, "12"])
 def test_a_fraction_becomes_a_whole_number(name: str, value: Any) -> None:
@@ -293,6 +315,10 @@ def test_nothing_that_is_stored_raises(values: Json) -> None:
             assert row.high is None or value <= row.high
         elif row.kind == "boolean":
             assert type(value) is bool
+        elif row.kind == "number":
+            assert row.low is not None
+            assert row.high is not None
+            assert row.low <= value <= row.high
         else:
             assert isinstance(value, str)
             assert not row.choices or value in row.choices

@@ -26,6 +26,34 @@ async def valves(host: Host, **values: Any) -> AsyncIterator[None]:
         host.admin.models(refresh=True)
 
 
+async def test_the_menu_as_the_administrator_wants_it(tab: Tab, host: Host, upstream: Upstream) -> None:
+    """Filters, order and names reach Open WebUI's own list; what is not in it cannot be chosen."""
+    before = {entry["id"]: entry["name"] for entry in host.admin.models(refresh=True) if "." in entry["id"]}
+    function_id, _, shown = MODEL.partition(".")
+    hidden = next(model for model in before if "/" in model and shown.partition("/")[0] not in model)
+    chosen = {
+        "MODEL_ID": shown.partition("/")[0] + "/*",
+        "MODEL_NAME_FORMAT": "{name} | {price}",
+        "MODEL_SORT": "price",
+    }
+    async with valves(host, **chosen):
+        listed = [
+            entry for entry in host.admin.models(refresh=True) if entry["id"].startswith(function_id + ".")
+        ]
+        assert listed
+        assert all(entry["id"].startswith(f"{function_id}.{shown.partition('/')[0]}/") for entry in listed)
+        assert {entry["name"].partition(" | ")[0] for entry in listed} <= set(before.values())
+        assert any(" | $" in entry["name"] for entry in listed)
+        question, word = unique("Hello")
+        await (await tab.ask(question, MODEL)).done()
+        assert upstream.asked(word)
+        question, word = unique("Hello")
+        with pytest.raises(WebUIError, match="not found"):
+            await tab.ask(question, hidden)
+        assert not upstream.asked(word)
+    assert {entry["id"] for entry in host.admin.models(refresh=True)} >= set(before)
+
+
 def check_sentence(text: str) -> None:
     """A person reads this: words, no traceback, no internals, no key."""
     assert text
