@@ -2183,6 +2183,16 @@ def _without_reasoning(payload: JSONObject) -> JSONObject | None:
     return None if len(kept) == len(payload["input"]) else {**payload, "input": kept}
 
 
+def _without_tools(payload: JSONObject) -> JSONObject | None:
+    """`payload` without the tools that it offers; None when it offers none."""
+    if not payload.get("tools"):
+        return None
+    return {key: value for key, value in payload.items() if key not in _TOOL_FIELDS}
+
+
+_TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
+
+
 # ── 10. SSE decoder ──────────────────────────────────────────────────────────
 # Bytes in, frames out (https://html.spec.whatwg.org/multipage/server-sent-events.html).
 # Promise: pure; the same frames however the bytes were cut; work grows linearly.
@@ -4400,9 +4410,11 @@ class StreamingEngine:
         try:
             await self._try(connection, request, call, policy)
         except OpenRouterAPIError as error:
-            repaired = _repair(request, error)  # such an error comes before the stream: nothing was shown
+            repaired, notice = _repair(request, error)  # it comes before the stream: nothing was shown
             if repaired is None:
                 raise
+            if notice:
+                await call.hand_over([Notice(notice)])
             LOGGER.info("%s: once more, changed, because %s", repaired.api.path, error.code or error.template)
             await self._try(connection, repaired, call, policy)
 
@@ -4545,12 +4557,12 @@ def _first_failure(failures: BaseExceptionGroup) -> BaseException:
     return next((failure for failure in flat if isinstance(failure, PipeError)), flat[0])
 
 
-def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> UpstreamRequest | None:
-    """The request changed so that this refusal does not come again; None where nothing helps."""
-    for refused, change in _REPAIRS:
+def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> tuple[UpstreamRequest | None, str]:
+    """The request changed so that this refusal does not come again, or None; what the person is told."""
+    for refused, change, notice in _REPAIRS:
         if refused(error):
-            return change(request)
-    return None
+            return change(request), notice
+    return None, ""
 
 
 def _is_wrong_endpoint(error: OpenRouterAPIError) -> bool:
@@ -4575,7 +4587,26 @@ def _for_stranger(request: UpstreamRequest) -> UpstreamRequest | None:
     return None if body is None else request._replace(body=body)
 
 
-_REPAIRS: Final = ((_is_wrong_endpoint, _for_chat), (_is_foreign_reasoning, _for_stranger))
+def _takes_no_tools(error: OpenRouterAPIError) -> bool:
+    """The catalog said that the model takes tools; no provider that is left does."""
+    return error.status == 404 and "support tool use" in error.detail
+
+
+def _for_toolless(request: UpstreamRequest) -> UpstreamRequest | None:
+    body = _without_tools(request.body)
+    return None if body is None else request._replace(body=body)
+
+
+# which refusal -> what changes the request, and what the person is told of it
+_REPAIRS: Final = (
+    (_is_wrong_endpoint, _for_chat, ""),
+    (_is_foreign_reasoning, _for_stranger, ""),
+    (
+        _takes_no_tools,
+        _for_toolless,
+        "No provider of this model can use tools now; the answer was written without them.",
+    ),
+)
 
 
 class _UpstreamCall:

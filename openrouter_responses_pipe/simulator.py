@@ -259,6 +259,9 @@ HTTP_ERRORS: Final[dict[str, HttpError]] = {
         ["openai/gpt-5"], affected_providers=["openai", "azure"], excluded_by=["data_policy:zdr"])),
     "404_no_providers": (404, {}, _gateway(
         404, "No allowed providers are available for the selected model.")),
+    "404_no_tool_use": (404, {}, _gateway(
+        404, "No endpoints found that support tool use. To learn more about provider routing, visit: "
+        "https://openrouter.ai/docs/provider-routing")),
     "408_timeout": (408, {}, _gateway(408, "Request timed out")),
     "413_too_large": (413, {}, _gateway(413, "Request body too large")),
     "422_unprocessable": (422, {}, _gateway(422, "Unprocessable request")),

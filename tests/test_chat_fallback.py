@@ -52,6 +52,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     ItemClosed,
     MediaProduced,
     ModelSpec,
+    Notice,
     OpenRouterClient,
     PipeError,
     ReasoningDelta,
@@ -66,6 +67,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     ToolCall,
     ToolRequested,
     TurnEnded,
+    UpstreamAPI,
     UpstreamRequest,
     UsageReported,
     Valves,
@@ -1731,6 +1733,38 @@ async def test_another_model_cannot_read_the_reasoning_of_the_first(
     assert kept.said().ends == [TurnEnded("completed")]
     assert [record.status for record in simulator.requests] == [200, 400, 200]
     assert bodies(simulator)[2] == {**second.body, "input": with_thoughts().body["input"]}
+
+
+# Tools that no provider takes
+
+
+@pytest.mark.parametrize("api", [RESPONSES, CHAT])
+async def test_tools_that_no_provider_takes_are_left_out(
+    api: UpstreamAPI, engine: StreamingEngine, simulator: Simulator
+) -> None:
+    """The person is told, because something is missing from the answer."""
+    asked_for = chat(HELLO, tools=[TOOL], tool_choice="auto")
+    request = request_for(asked_for) if api is RESPONSES else chat_request(asked_for)
+    assert request.body["tools"]
+    simulator.next("http_error", name="404_no_tool_use")
+    simulator.next("plain", text="by hand")
+    kept = await run(engine, simulator.base_url, request)
+    assert kept.said().text == "by hand"
+    (notice,) = [emission for emission in kept.emissions if isinstance(emission, Notice)]
+    assert "without" in notice.text
+    first, second = bodies(simulator)
+    assert first == request.body
+    assert second == {key: value for key, value in first.items() if key not in ("tools", "tool_choice")}
+
+
+async def test_a_refusal_of_tools_where_there_are_none_is_final(
+    engine: StreamingEngine, simulator: Simulator
+) -> None:
+    simulator.next("http_error", name="404_no_tool_use", times=math.inf)
+    error, kept = await fail(engine, simulator.base_url, request_for(chat(HELLO)), POLICY)
+    assert error.status == 404
+    assert len(asked(simulator)) == 1
+    assert kept.emissions == []
 
 
 # The page
