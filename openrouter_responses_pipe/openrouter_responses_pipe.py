@@ -743,17 +743,19 @@ def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> st
     return _words_in(metadata.get("raw")) or _words_in(error.get("message")) or _words_in(error.get("detail"))
 
 
-def _words_in(value: Any) -> str:
+def _words_in(value: Any, depth: int = 6) -> str:
     """The sentence in a text, in JSON as a text, in an object or a list; no markup, no bare code."""
+    if not depth:
+        return ""
     if isinstance(value, Mapping):
-        found = (_words_in(value.get(key)) for key in ("error", "message", "detail", "msg", "description"))
-        return next(filter(None, found), "")
+        keys = ("error", "message", "detail", "msg", "description")
+        return next(filter(None, (_words_in(value.get(key), depth - 1) for key in keys)), "")
     if isinstance(value, list):
-        return "; ".join(filter(None, map(_words_in, value[:3])))
+        return "; ".join(filter(None, (_words_in(entry, depth - 1) for entry in value[:3])))
     text = value.strip() if isinstance(value, str) else ""
     if text[:1] in ("{", "[", '"'):
         with contextlib.suppress(ValueError):
-            return _words_in(_json_loads(text))
+            return _words_in(_json_loads(text), depth - 1)
     is_markup = text.startswith(("<", "data:", "event:"))
     return "" if is_markup or _CODE_WORD_RE.fullmatch(text) else text
 
@@ -2365,6 +2367,10 @@ class _Item:
         """What has been given out of one part."""
         return "".join(self.parts.get((name, part), ()))
 
+    def whole_text(self) -> str:
+        """What has been given out of all parts."""
+        return "".join(piece for pieces in self.parts.values() for piece in pieces)
+
 
 class StreamState:
     """What one upstream call has said so far."""
@@ -2701,19 +2707,28 @@ def _finish_late(state: StreamState, item: _Item, final: JSONObject) -> list[Emi
         return [MediaProduced(item.number, _picture(final))]
     if item.type != "message":
         return []
-    rest: list[JSONObject] = []
-    emissions: list[Emission] = []
-    for number, part in enumerate(_objects(final.get("content"))):
-        for annotation in _objects(part.get("annotations")):
-            emissions += _cite(state, annotation)
-        name, key = _PARTS.get(str(part.get("type")), ("", ""))
-        full, shown = part.get(key), item.text(name, number)
-        if isinstance(full, str) and full != shown and full.startswith(shown):
-            rest.append({"type": part["type"], key: full[len(shown) :]})
-    if rest:
+    emissions = _cite_all(state, final)
+    full, shown = _message_text(final), item.whole_text()
+    if full != shown and full.startswith(shown):
+        rest = [{"type": "output_text", "text": full[len(shown) :]}]
         more = _add_item(state, {"type": "message", "content": rest}, None)
         emissions += _finish_item(state, more, {})
     return emissions
+
+
+def _cite_all(state: StreamState, message: Mapping[str, Any]) -> list[Emission]:
+    emissions: list[Emission] = []
+    for part in _objects(message.get("content")):
+        for annotation in _objects(part.get("annotations")):
+            emissions += _cite(state, annotation)
+    return emissions
+
+
+def _message_text(message: Mapping[str, Any]) -> str:
+    """All text of a message, refusals too."""
+    parts = _objects(message.get("content"))
+    texts = (part.get(_PARTS.get(str(part.get("type")), ("", ""))[1]) for part in parts)
+    return "".join(text for text in texts if isinstance(text, str))
 
 
 # Calls are asked for when the stream has ended well: nobody may run one earlier, and their arguments
@@ -2722,10 +2737,10 @@ _ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
 
 
 def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
-    emissions: list[Emission] = []
-    content = item.payload.get("content")
-    for number, part in enumerate(content if isinstance(content, list) else []):
-        emissions += _fill_part(state, item, number, _mapping(part))
+    emissions = _cite_all(state, item.payload)
+    if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
+        for number, part in enumerate(_objects(item.payload.get("content"))):
+            emissions += _fill_part(state, item, number, part)
     return [*emissions, ItemClosed(item.number, "message", item.payload)]
 
 

@@ -550,3 +550,13 @@ def test_the_tree() -> None:
         assert not kind("detail").retryable
     assert issubclass(_RetryableHTTPStatusError, OpenRouterAPIError)
     assert str(StreamError("detail")) == "detail"
+
+
+def test_an_error_inside_errors_has_an_end() -> None:
+    deep: Any = "too deep"
+    for _ in range(900):
+        deep = {"error": deep}
+    content = json.dumps({"error": {"message": deep, "metadata": {"raw": json.dumps(deep)}}}).encode()
+    error = _api_error(400, {}, content, NOW)
+    assert "refused" in error.user_message
+    assert "too deep" not in error.user_message

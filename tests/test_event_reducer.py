@@ -952,3 +952,21 @@ def test_usage_of_two_recorded_calls() -> None:
     assert merged["cost"] == pytest.approx(7.2e-05 + 4.65e-05)
     assert merged["cost_details"]["upstream_inference_cost"] is None
     assert merged["is_byok"] is False
+
+
+@pytest.mark.parametrize("parts", [["Hello world"], ["Hello ", "world"], ["Hel", "lo wor", "ld"]])
+@pytest.mark.parametrize("done", [True, False])
+def test_text_is_not_said_again_however_its_parts_are_numbered(parts: list[str], done: bool) -> None:
+    """Deltas all in part 0, the finished item and the final object in several parts."""
+    place = {"output_index": 0, "item_id": "m", "content_index": 0}
+    content = [{"type": "output_text", "text": text, "annotations": []} for text in parts]
+    item = {"type": "message", "id": "m", "status": "completed", "content": content}
+    stream = [
+        event("response.output_item.added", output_index=0, item={**item, "content": []}),
+        event("response.output_text.delta", **place, delta="Hello "),
+        event("response.output_text.delta", **place, delta="world"),
+        *([event("response.output_item.done", output_index=0, item=item)] if done else []),
+        event("response.completed", response={"output": [item]}),
+    ]
+    texts = [one.text for one in singly(stream) if isinstance(one, TextDelta)]
+    assert "".join(texts) == "Hello world"
