@@ -219,6 +219,7 @@ REFUSALS: dict[str, tuple[str, bool, float | None, str]] = {
     "403_guardrail": ("guardrail", False, None, "prompt injection patterns detected"),
     "404_privacy": ("not_found", False, None, "match your data policy"),
     "404_no_providers": ("not_found", False, None, "No allowed providers are available"),
+    "404_no_tool_use": ("not_found", False, None, "No endpoints found that support tool use"),
     "408_timeout": ("timeout", True, None, "Request timed out"),
     "413_too_large": ("too_large", False, None, "Request body too large"),
     "422_unprocessable": ("refused", False, None, "Unprocessable request"),
