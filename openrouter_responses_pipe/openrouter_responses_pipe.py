@@ -1669,11 +1669,12 @@ def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str])
 def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
     """What `MODEL_ID` and `VARIANT_MODELS` name and the catalog does not have."""
     names = [name.strip() for name in valves.MODEL_ID.split(",")]
-    ids = [model_id.lower() for model_id in models]
     refs = [_parse_model_id(text) for text in valves.VARIANT_MODELS.split(",")]
-    return [ref.id for ref in refs if ref.base and _spec_of(models, ref) is None] + [
-        name for name in names if name and name.lower() != "auto" and not fnmatch.filter(ids, name.lower())
-    ]
+    unmatched = [ref.id for ref in refs if ref.base and _spec_of(models, ref) is None]
+    for name in names:
+        if name and name.lower() != "auto" and not any(_matches_any(model_id, name) for model_id in models):
+            unmatched.append(name)
+    return unmatched
 
 
 def _menu_name(spec: ModelSpec, template: str) -> str:
@@ -4441,12 +4442,11 @@ class StreamingEngine:
         The first is made without tenacity, whose preparations cost a third of a whole short request.
         """
         wait = _RetryWait(policy.longest_wait_s)
-        failures: list[PipeError] = []
         try:
             await self._stream_responses(connection, request, call)
         except PipeError as error:
-            failures.append(error)
-        if not failures:
+            failures = [error]
+        else:
             return
 
         async def attempt() -> None:
@@ -4842,6 +4842,8 @@ class Runtime:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.retired = False
         self.last_menu: list[dict[str, str]] = []
+        self._menu_catalog: Mapping[str, ModelSpec] | None = None  # what the last menu was made of
+        self._menu_choice: tuple[Any, ...] = ()
         self._named_unmatched = ""
         self._env = env
         self._clock = clock
@@ -4874,9 +4876,13 @@ class Runtime:
         """
         refresh_s = float(valves.MODEL_CATALOG_REFRESH_SECONDS)
         models = await self._registry.ensure_loaded(_connection(valves, self._env), refresh_s)
-        self._warn_unmatched(models, valves)
-        self.last_menu = []  # filters that leave nothing must not leave what was there before
-        self.last_menu = _menu(models, valves, time.strftime("%Y-%m-%d"))
+        today = time.strftime("%Y-%m-%d")
+        choice = (today, *(getattr(valves, name) for name in _ModelValves.__annotations__))
+        if models is not self._menu_catalog or choice != self._menu_choice:
+            self._warn_unmatched(models, valves)
+            self.last_menu = []  # filters that leave nothing must not leave what was there before
+            self.last_menu = _menu(models, valves, today)
+            self._menu_catalog, self._menu_choice = models, choice
         return self.last_menu
 
     def _warn_unmatched(self, models: Mapping[str, ModelSpec], valves: Valves) -> None:

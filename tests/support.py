@@ -299,6 +299,28 @@ def delta(text: str) -> bytes:
     return frame("response.output_text.delta", output_index=0, content_index=0, delta=text)
 
 
+def half_an_answer() -> str:
+    """A stream that stops after some text, which a status follows: who sees that has read the text."""
+    search = {"type": "web_search_call", "id": "ws_1", "status": "in_progress"}
+    frames = [
+        frame("response.output_item.added", output_index=0, item={"type": "message", "id": "msg_1"}),
+        delta("Half an ans"),
+        frame("response.output_item.added", output_index=1, item=search),
+    ]
+    return b"".join(frames).decode()
+
+
+@dataclass
+class Sleeps:
+    """Waits that are over at once, and how long they would have been."""
+
+    seconds: list[float] = field(default_factory=list)
+
+    async def __call__(self, seconds: float) -> None:
+        """Note a wait."""
+        self.seconds.append(seconds)
+
+
 def completed(**response: Any) -> bytes:
     """The frame that ends an answer well."""
     return frame("response.completed", response=response)

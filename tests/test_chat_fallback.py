@@ -86,6 +86,7 @@ from tests.support import (
     PATIENCE_S,
     SOON_S,
     TRANSCRIPTS,
+    Sleeps,
     arguments,
     ask,
     connection_to,
@@ -261,16 +262,6 @@ class Kept:
         """The lines that a person reads; not the one that ends the last."""
         statuses = [one for one in self.emissions if isinstance(one, StatusUpdate)]
         return [one.description for one in statuses if not one.hidden]
-
-
-@dataclass
-class Sleeps:
-    """Waits that are over at once, and how long they would have been."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    async def __call__(self, seconds: float) -> None:
-        self.seconds.append(seconds)
 
 
 @pytest.fixture

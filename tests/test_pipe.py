@@ -57,6 +57,22 @@ async def test_the_menu_is_the_catalog(pipe: Pipe) -> None:
     assert [entry["name"].lower() for entry in menu] == sorted(name.lower() for name in names.values())
 
 
+async def test_the_menu_follows_the_valves_at_once(simulator: Simulator) -> None:
+    """Also after filters that left nothing."""
+
+    async def ids(pipe: Pipe, **changes: Any) -> list[str]:
+        set_valves(pipe, simulator.base_url, **changes)
+        return [entry["id"] for entry in await pipe.pipes()]
+
+    async with running_pipe(simulator.base_url) as pipe:
+        all_ids = await ids(pipe)
+        assert await ids(pipe) == all_ids
+        assert await ids(pipe, MODEL_ID="openai/gpt-5-mini") == ["openai/gpt-5-mini"]
+        assert await ids(pipe, MODEL_ID="nobody/*") == ["setup"]
+        assert await ids(pipe, MODEL_ID="nobody/*") == ["setup"]
+        assert await ids(pipe) == all_ids
+
+
 async def test_without_a_key_the_menu_says_so(simulator: Simulator) -> None:
     async with running_pipe(simulator.base_url, API_KEY="") as pipe:
         (entry,) = await pipe.pipes()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import json
 import logging
 import math
 import sys
@@ -38,6 +37,7 @@ from tests.support import (
     call,
     delta,
     gone,
+    half_an_answer,
     hostile,
     inferences,
     read_request,
@@ -97,18 +97,6 @@ async def test_stop_while_an_answer_is_collected(dialect: str, pipe: Pipe, simul
         await task
     await gone(simulator)
     await all_ended(before)
-
-
-def half_an_answer() -> str:
-    """A stream that stops after some text, which a status follows: who sees that has read the text."""
-    place = {"output_index": 0, "item_id": "msg_1", "content_index": 0}
-    search = {"type": "web_search_call", "id": "ws_1", "status": "in_progress"}
-    events: list[Json] = [
-        {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "id": "msg_1"}},
-        {"type": "response.output_text.delta", **place, "delta": "Half an ans"},
-        {"type": "response.output_item.added", "output_index": 1, "item": search},
-    ]
-    return "".join(f"data: {json.dumps(event)}\n\n" for event in events)
 
 
 async def test_stop_without_streaming_keeps_the_text_so_far(pipe: Pipe, simulator: Simulator) -> None:

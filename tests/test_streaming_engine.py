@@ -40,6 +40,7 @@ from tests.support import (
     SOON_S,
     STREAMS,
     TRANSCRIPTS,
+    Sleeps,
     all_ended,
     completed,
     connection_to,
@@ -77,16 +78,6 @@ class Kept:
     def statuses(self) -> list[str]:
         """The lines that a person reads; not the one that ends the last."""
         return [status.description for status in self.of(StatusUpdate) if not status.hidden]
-
-
-@dataclass
-class Sleeps:
-    """Waits that are over at once, and how long they would have been."""
-
-    seconds: list[float] = field(default_factory=list)
-
-    async def __call__(self, seconds: float) -> None:
-        self.seconds.append(seconds)
 
 
 @pytest.fixture

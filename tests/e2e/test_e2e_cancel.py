@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from typing import Any, Final
+
+import pytest
 
 from openrouter_responses_pipe.webui import PIPE_FILE
 from tests.e2e.driver import Tab, Turn, error_text, item_text, items, unique, until
 from tests.e2e.host import MODEL, Host
 from tests.e2e.upstream import Json, Upstream
+from tests.support import half_an_answer
 
 SOON_S: Final = 1.0
 RETRY_AFTER_S: Final = 2
@@ -77,20 +79,10 @@ async def test_stop_while_a_retry_waits(tab: Tab, upstream: Upstream) -> None:
     assert [record["status"] for record in asked] == [503]
 
 
-async def test_stop_before_the_first_byte(tab: Tab, upstream: Upstream) -> None:
+@pytest.mark.parametrize("stream", [True, False])
+async def test_stop_before_the_first_byte(stream: bool, tab: Tab, upstream: Upstream) -> None:
     question, word = unique("[[stall_headers]] Hello")
-    turn = await tab.ask(question, MODEL)
-    await until(lambda: upstream.asked(word), "the request")
-    message = await stop_and_read(turn, upstream, word)
-    assert upstream.last(word)["ended"] == "client_disconnected"
-    check_at_rest(message)
-    assert message["content"] == ""
-    await check_next_turn(tab, turn)
-
-
-async def test_stop_without_streaming_before_the_first_byte(tab: Tab, upstream: Upstream) -> None:
-    question, word = unique("[[stall_headers]]")
-    turn = await tab.ask(question, MODEL, stream=False)
+    turn = await tab.ask(question, MODEL, stream=stream)
     await until(lambda: upstream.asked(word), "the request")
     message = await stop_and_read(turn, upstream, word)
     assert upstream.last(word)["ended"] == "client_disconnected"
@@ -101,15 +93,7 @@ async def test_stop_without_streaming_before_the_first_byte(tab: Tab, upstream: 
 
 async def test_stop_without_streaming_keeps_the_text(tab: Tab, upstream: Upstream) -> None:
     """Nothing of it was on the page; after Stop the text so far is there, and stays."""
-    place = {"output_index": 0, "item_id": "msg_1", "content_index": 0}
-    search = {"type": "web_search_call", "id": "ws_1", "status": "in_progress"}
-    events = [
-        {"type": "response.output_item.added", "output_index": 0, "item": {"type": "message", "id": "msg_1"}},
-        {"type": "response.output_text.delta", **place, "delta": "Half an ans"},
-        {"type": "response.output_item.added", "output_index": 1, "item": search},
-    ]
-    frames = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
-    upstream.next("replay", body=frames, hang=3)
+    upstream.next("replay", body=half_an_answer(), hang=3)
     question, word = unique("Hello")
     turn = await tab.ask(question, MODEL, stream=False)
     await turn.wait(lambda t: t.data("status"), "a status, which comes after the text")
