@@ -148,9 +148,9 @@ CATALOG: Final[tuple[Json, ...]] = (
 
 def _lookup(catalog: Mapping[str, Json], model_id: str) -> Json | None:
     """Find the model that an id means (aliases, presets and `:nitro` and the like resolved), or None."""
-    if model_id.startswith("@preset/"):
+    base, preset, _ = model_id.partition("@preset/")
+    if preset and not base:
         return next(iter(catalog.values()), None)
-    base = model_id
     while base not in catalog and base.endswith((":nitro", ":floor", ":exacto", ":online")):
         base = base.rpartition(":")[0]
     row = catalog.get(base)

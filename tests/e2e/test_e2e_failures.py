@@ -54,6 +54,34 @@ async def test_the_menu_as_the_administrator_wants_it(tab: Tab, host: Host, upst
     assert {entry["id"] for entry in host.admin.models(refresh=True)} >= set(before)
 
 
+async def test_models_that_the_administrator_adds(tab: Tab, host: Host, upstream: Upstream) -> None:
+    """A shortcut and a preset are models of the menu, and go to OpenRouter as they were written."""
+    function_id, _, model = MODEL.partition(".")
+    added = [f"{model}:nitro", f"{model}@preset/brief", "@preset/brief"]
+    async with valves(host, VARIANT_MODELS=", ".join(added)):
+        listed = {entry["id"] for entry in host.admin.models(refresh=True)}
+        assert {f"{function_id}.{one}" for one in added} <= listed
+        for one in added:
+            question, word = unique("Hello")
+            message = await (await tab.ask(question, f"{function_id}.{one}")).done()
+            assert upstream.last(word)["body"]["model"] == one
+            assert word in message["content"]
+            assert not error_text(message)
+
+
+async def test_an_answer_without_tools_says_so(tab: Tab, upstream: Upstream) -> None:
+    upstream.next("http_error", name="404_no_tool_use")
+    question, word = unique("Hello")
+    turn = await tab.ask(question, MODEL)
+    message = await turn.done()
+    assert word in message["content"]
+    first, second = upstream.asked(word)
+    assert first["body"]["tools"]
+    assert "tools" not in second["body"]
+    assert "without" in turn.data("notification")[0]["content"]
+    assert "without" in message["statusHistory"][-1]["description"]
+
+
 def check_sentence(text: str) -> None:
     """A person reads this: words, no traceback, no internals, no key."""
     assert text
