@@ -605,6 +605,7 @@ async def test_refusals(
         {"temperature": None, "metadata": None, "reasoning": None},
         {"model": "openai/gpt-4o-mini:nitro"},
         {"model": "@preset/mine"},
+        {"model": "openai/gpt-4o-mini@preset/mine"},
         {"model": "nobody/x", "models": ["nobody/y", MODEL]},
         {"input": [USER, CALL, OUTPUT]},
         {"input": [USER, {"type": "openrouter:advisor", "id": "a", "status": "completed"}, USER]},
