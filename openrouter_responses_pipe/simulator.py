@@ -12,7 +12,8 @@ How an answer comes to be, from the top of the file to the bottom:
 A Plan holds finished output items; the wires derive every event from them, so the streamed and the whole
 answer cannot differ. A script is a list of bytes (one write), float (seconds of silence) and CUT or RESET.
 
-Public: `Simulator`, `RecordedRequest`, `SCENARIOS`, `WORDS`, `HTTP_ERRORS`, `CATALOG`, `main`.
+Public: `Simulator`, `Settings`, `RecordedRequest`, `SCENARIOS`, `WORDS`, `HTTP_ERRORS`, `CATALOG`,
+`synthetic_catalog`, `main`.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import argparse
 import asyncio
 import base64
 import contextlib
+import copy
 import hashlib
 import itertools
 import json
@@ -37,9 +39,10 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypedDict, Unpack
 
 from aiohttp import web
 
@@ -48,7 +51,10 @@ try:
 except ImportError:  # the standard library does the same, slower
     orjson = None
 
-__all__ = ["CATALOG", "HTTP_ERRORS", "SCENARIOS", "WORDS", "RecordedRequest", "Simulator", "main"]
+__all__ = [
+    "CATALOG", "HTTP_ERRORS", "SCENARIOS", "WORDS", "RecordedRequest", "Settings", "Simulator", "main",
+    "synthetic_catalog",
+]  # fmt: skip
 
 Json = dict[str, Any]
 FOREVER: Final = math.inf
@@ -146,16 +152,127 @@ CATALOG: Final[tuple[Json, ...]] = (
 )  # fmt: skip
 
 
-def _lookup(catalog: Mapping[str, Json], model_id: str) -> Json | None:
+# What `synthetic_catalog` composes its rows of.
+_AUTHORS: Final = (
+    ("ai21", "AI21"), ("amazon", "Amazon"), ("anthropic", "Anthropic"), ("cohere", "Cohere"),
+    ("deepseek", "DeepSeek"), ("google", "Google"), ("inception", "Inception"), ("meta-llama", "Meta"),
+    ("microsoft", "Microsoft"), ("minimax", "MiniMax"), ("mistralai", "Mistral"),
+    ("moonshotai", "MoonshotAI"), ("nousresearch", "Nous"), ("nvidia", "NVIDIA"), ("openai", "OpenAI"),
+    ("perplexity", "Perplexity"), ("qwen", "Qwen"), ("tencent", "Tencent"), ("x-ai", "xAI"), ("z-ai", "Z.AI"),
+)  # fmt: skip
+_FAMILIES: Final = ("Atlas", "Birch", "Cobalt", "Delta", "Ember", "Fjord", "Granite", "Harbor", "Indigo",
+                    "Juniper", "Krypton", "Lumen", "Maple")  # fmt: skip
+_SENTENCES: Final = (
+    "It was trained on text and code in more than forty languages, with a stress on long documents.",
+    "In agentic work it plans, calls tools in parallel and checks its own results before it answers.",
+    "Compared with its predecessor it needs about *40% fewer tokens* for the same task.",
+    "It follows instructions closely and keeps to JSON schemas, which suits extraction and routing.",
+    "On **mathematics** and **science** it is level with models several times its size.",
+    "Read more in the [announcement](https://example.org/models) and in the technical report.",
+    "Usage of this model is subject to the terms of the company that made it.",
+)
+_SAMPLING: Final = [
+    "frequency_penalty", "include_reasoning", "logprobs", "max_completion_tokens", "parallel_tool_calls",
+    "presence_penalty", "repetition_penalty", "seed", "stop", "top_k", "top_logprobs",
+]  # fmt: skip
+_DEFAULTED: Final = (
+    "temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "repetition_penalty",
+)  # fmt: skip
+
+
+def synthetic_catalog(count: int) -> list[Json]:
+    """Make `count` rows of about 2 kB in the shape of GET /models, the same ones every time.
+
+    The first rows have the ids, modalities and reasoning of `CATALOG`, in its order; the others are its
+    ordinary models under invented names of 20 vendors, every id once. Descriptions have 300 to 800
+    characters. The rows are the caller's own; a `count` below 1 gives none.
+    """
+    rows = [_grown(row, number) for number, row in enumerate(CATALOG[: max(count, 0)])]
+    ordinary = [row for row in CATALOG if not row["id"].startswith(("~", "openrouter/"))]
+    return rows + [_invented(ordinary, number) for number in range(len(rows), count)]
+
+
+def _invented(templates: Sequence[Json], number: int) -> Json:
+    """Give one of the templates a name, a vendor and a price of its own; same number, same row."""
+    template = templates[number % len(templates)]
+    author, vendor = _AUTHORS[(number + number // len(templates)) % len(_AUTHORS)]
+    family = _FAMILIES[number // 7 % len(_FAMILIES)]
+    free = template["id"].endswith(":free")
+    slug = f"{author}/{family.lower()}-{number}"
+    prices = {
+        key: format(Decimal(price) * (1 + number % 20), "f") for key, price in template["pricing"].items()
+    }
+    named: Json = {
+        "id": f"{slug}:free" if free else slug, "canonical_slug": f"{slug}-2026-01-01", "pricing": prices,
+        "name": f"{vendor}: {family} {number}{' (free)' if free else ''}",
+        "links": {"details": f"/api/v1/models/{slug}/endpoints"},
+    }  # fmt: skip
+    return _grown(template | named, number)
+
+
+def _grown(row: Json, number: int) -> Json:
+    """Copy a row with everything that real ones carry: long description, all prices, limits, defaults."""
+    length = 303 + number * 37 % 495
+    sentences = (_SENTENCES[(number + step) % len(_SENTENCES)] for step in range(12))
+    said = f"{row['name']} is a general-purpose model. {' '.join(sentences)}"
+    prompt, free = Decimal(row["pricing"]["prompt"]), row["pricing"]["prompt"] in ("0", "-1")
+    more = {} if free else {
+        "request": "0", "image": format(prompt * 1000, "f"), "web_search": "0.01",
+        "internal_reasoning": row["pricing"]["completion"] if "reasoning" in row else "0",
+        "input_cache_read": format(prompt / 10, "f"), "input_cache_write": format(prompt * 5 / 4, "f"),
+    }  # fmt: skip
+    return copy.deepcopy(row) | {
+        "description": said[:length].rstrip() + "...",
+        "pricing": row["pricing"] | more,
+        "created": row["created"] - number * 43_200,
+        "hugging_face_id": "" if number % 3 else row["id"].split(":")[0],
+        "top_provider": row["top_provider"] | {"max_completion_tokens": None if number % 4 == 3 else 64_000},
+        "supported_parameters": sorted({*row["supported_parameters"], *_SAMPLING}),
+        "default_parameters": dict.fromkeys(_DEFAULTED),
+        "knowledge_cutoff": "2025-06-30" if number % 2 else None,
+        "expiration_date": "2099-12-31" if number % 50 == 49 else None,
+    }  # fmt: skip
+
+
+def _keyed(rows: Sequence[Any]) -> dict[str, Any]:
+    """Index catalog entries by id, in their order; what has none, or one that came before, by "#place"."""
+    found: dict[str, Any] = {}
+    for place, row in enumerate(rows):
+        slug = row.get("id") if isinstance(row, dict) else None
+        found[slug if isinstance(slug, str) and slug not in found else f"#{place}"] = row
+    return found
+
+
+def _over(usual: Any, given: Any) -> Any:
+    """`given` where it has the type of `usual`, else `usual`; objects key by key, lists only with strings."""
+    if usual is None:
+        return given
+    if not isinstance(given, type(usual)):
+        return usual
+    if isinstance(given, dict):
+        return usual | {key: _over(usual.get(key), value) for key, value in given.items()}
+    return [value for value in given if isinstance(value, str)] if isinstance(given, list) else given
+
+
+def _readable(row: Json) -> Json:
+    """A catalog row as the simulator can play it: what it lacks or garbles is that of a plain text model."""
+    slug = _over("", row.get("id"))
+    usual = _model(slug, slug, "0 0", "text->text")
+    return _over(usual | {"alias_target": {"slug": ""}, "reasoning": {}}, row)
+
+
+def _lookup(catalog: Mapping[str, Any], model_id: str) -> Json | None:
     """Find the model that an id means (aliases, presets and `:nitro` and the like resolved), or None."""
     base, preset, _ = model_id.partition("@preset/")
     if preset and not base:
-        return next(iter(catalog.values()), None)
+        base = next(iter(catalog), "")
     while base not in catalog and base.endswith((":nitro", ":floor", ":exacto", ":online")):
         base = base.rpartition(":")[0]
-    row = catalog.get(base)
-    target = (row or {}).get("alias_target") or {}
-    return catalog.get(target.get("slug", ""), row)
+    if not isinstance(catalog.get(base), dict) or base.startswith("#"):
+        return None
+    row = _readable(catalog[base])
+    target = catalog.get(row["alias_target"]["slug"])
+    return _readable(target) if isinstance(target, dict) else row
 
 
 # ── 2. HTTP errors ───────────────────────────────────────────────────────────
@@ -412,7 +529,7 @@ _NEEDS: Final = {
 }  # fmt: skip
 
 
-def _list(body: Json, key: str) -> list[Any]:
+def _list(body: Mapping[str, Any], key: str) -> list[Any]:
     """The list under a key, [] when there is something else."""
     value = body.get(key)
     return value if isinstance(value, list) else []
@@ -427,7 +544,7 @@ class _Checker:
     def issue(self, path: Sequence[str | int], message: str, code: str = "invalid_type") -> None:
         self.issues.append({"code": code, "path": list(path), "message": message})
 
-    def fields(self, path: Where, value: Json, spec: Spec) -> None:
+    def fields(self, path: Where, value: Mapping[str, Any], spec: Spec) -> None:
         """Check required keys, types and nulls of one object against one spec."""
         for key, kind in spec.items():
             name = kind.rstrip("!?")
@@ -588,16 +705,33 @@ def _check_chat(body: Json) -> None:
         raise RefusalError(400, _gateway(400, "tools: function.name: Required", True))
 
 
+def _wanted(body: Json) -> list[str]:
+    """The modalities that a body asks for; without any it is text."""
+    return body.get("modalities") or ["text"]
+
+
+def _check_offers(body: Json, model: Json) -> None:
+    """Raise RefusalError when the model cannot use tools or give the modalities asked for.
+
+    The words about modalities are OpenRouter's: https://github.com/BerriAI/litellm/pull/34908.
+    """
+    wanted = _wanted(body)
+    if not set(wanted) <= set(model["architecture"]["output_modalities"]):
+        listed = ", ".join(wanted)
+        raise RefusalError(
+            404, _gateway(404, f"No endpoints found that support the requested output modalities: {listed}")
+        )
+    if body.get("tools") and "tools" not in model["supported_parameters"]:
+        raise RefusalError.named("404_no_tool_use")
+
+
 def _check_model(body: Json, model: Json, kinds: set[str]) -> None:
-    """Raise RefusalError when the model cannot take the media, give the modalities or reason as asked."""
+    """Raise RefusalError when the model cannot take the media, give what is offered or reason as asked."""
     architecture = model["architecture"]
     for kind in sorted(kinds & _NEEDS.keys()):
         if _NEEDS[kind] not in architecture["input_modalities"]:
             raise RefusalError(404, _gateway(404, f"No endpoints found that support {_NEEDS[kind]} input"))
-    wanted = body.get("modalities") or []
-    if not set(wanted) <= set(architecture["output_modalities"]):
-        listed = ", ".join(wanted)
-        raise RefusalError(404, _gateway(404, f"No endpoints found that support output of {listed}"))
+    _check_offers(body, model)
     reasoning = body.get("reasoning") or {}
     if reasoning.get("effort") == "none" and (model.get("reasoning") or {}).get("mandatory"):
         raise RefusalError(400, _provider_400("Reasoning is mandatory for this model."))
@@ -637,6 +771,11 @@ class Turn:
     def author(self) -> str:
         """The model family that signs reasoning: the part of the id before the slash."""
         return self.model["id"].lstrip("~").split("/")[0]
+
+    @property
+    def writes(self) -> bool:
+        """Whether the answer has text: it is asked for unless `modalities` says otherwise."""
+        return "text" in _wanted(self.body)
 
     @property
     def reasons(self) -> bool:
@@ -782,7 +921,9 @@ def _reply(turn: Turn, params: Params) -> str:
 
 
 def _plain(turn: Turn, params: Params) -> Plan:
-    return Plan([*_thoughts(turn, params), _text_item(turn, _reply(turn, params))])
+    """A short text, or a picture where no text is asked for."""
+    said = _text_item(turn, _reply(turn, params)) if turn.writes else _picture(turn, _png())
+    return Plan([*_thoughts(turn, params), said])
 
 
 _MARKDOWN: Final = """## A tour of Markdown
@@ -935,15 +1076,18 @@ def _png(size: int = 32) -> str:
     return base64.b64encode(b"\x89PNG\r\n\x1a\n" + b"".join(packed)).decode()
 
 
+def _picture(turn: Turn, data: str) -> Json:
+    return {"type": "image_generation_call", "id": f"ig_tmp_{turn.rid}", "status": "completed",
+            "result": f"data:image/png;base64,{data}"}  # fmt: skip
+
+
 def _image(turn: Turn, params: Params) -> Plan:
     """An image as image_generation_call with a data URL, or as server tool item with bare base64."""
     data = _png(int(params["size"]))
-    native = {"type": "image_generation_call", "id": f"ig_tmp_{turn.rid}", "status": "completed",
-              "result": f"data:image/png;base64,{data}"}  # fmt: skip
     server = {"type": "openrouter:image_generation", "id": f"ig_tmp_{turn.rid}", "status": "completed",
               "prompt": _quote(turn.text, 100), "result": data}  # fmt: skip
-    items = [native if params["native"] else server]
-    if "text" in turn.model["architecture"]["output_modalities"]:
+    items = [_picture(turn, data) if params["native"] else server]
+    if turn.writes:
         items.append(_text_item(turn, "Here is your picture."))
     return Plan(items, server_tools=0 if params["native"] else 1)
 
@@ -1033,7 +1177,7 @@ _LIMIT: Final = ("rate_limit_exceeded", "rate_limit_exceeded", "Rate limit excee
 _BUSY: Final = ("server_error", "provider_overloaded", "Provider is temporarily overloaded")
 _CALLS: Final[Params] = {"n": 1, "rounds": 1, "style": "deltas"}
 SCENARIOS: Final[dict[str, Scenario]] = {
-    "plain": Scenario(_plain, "a short text that quotes the user; `text=` sets it"),
+    "plain": Scenario(_plain, "a short text that quotes the user, or a picture; `text=` sets it"),
     "markdown": Scenario(_markdown, "headings, table, code, Unicode; `parts` times", {"parts": 3}),
     "reasoning": Scenario(_plain, "a reasoning summary in two parts, then text", {"reason": True}),
     "reasoning_text": Scenario(_reasoning_text, "raw reasoning with signature, then text"),
@@ -1160,7 +1304,10 @@ def _split(text: str) -> list[str]:
 
 
 def _price(model: Json, key: str) -> float:
-    return max(0.0, float(model["pricing"].get(key) or 0))
+    """USD per token; nothing where the catalog's price is unknown, negative or no number."""
+    with contextlib.suppress(ValueError):
+        return max(0.0, float(model["pricing"][key]))
+    return 0.0
 
 
 def _counts(turn: Turn, plan: Plan) -> tuple[int, int, int, float, float]:
@@ -1746,7 +1893,7 @@ _KEPT_HEADERS: Final = frozenset({
     "authorization", "content-type", "accept", "user-agent", "http-referer", "x-title", "x-openrouter-title",
     "x-openrouter-categories", "x-openrouter-metadata", "x-session-id", "x-anthropic-beta",
     "x-openrouter-cache", "x-openrouter-cache-ttl", "x-openrouter-cache-clear", "accept-encoding",
-    "content-encoding"})  # fmt: skip
+    "content-encoding", "if-none-match", "cache-control"})  # fmt: skip
 OPEN, COMPLETED, GONE = "open", "completed", "client_disconnected"
 STOPPED, FAILED = "server_stopped", "failed"
 
@@ -1778,6 +1925,63 @@ class RecordedRequest:
     unknown: list[str] = field(default_factory=list)
 
 
+class Settings(TypedDict, total=False):
+    """What the catalog and account endpoints say. None stands for what they say by themselves.
+
+    `catalog`: the entries of GET /models; any JSON, so that junk can be served too (None: CATALOG).
+    `zdr_models`: the ids with zero data retention (None: the rule of `_keeps_nothing`); one that the catalog
+    does not have gets endpoints all the same. `user_models`: the ids in GET /models/user (None: all).
+    `key_info`, `credits`: replace single values of GET /key and GET /credits. `credits_need_management_key`:
+    GET /credits is 403 unless `key_info` has is_management_key. `etag`: the validator of GET /models and
+    /models/user, "weak", "strong" or "off".
+    """
+
+    catalog: Sequence[Any] | None
+    zdr_models: Sequence[str] | None
+    user_models: Sequence[str] | None
+    key_info: Json
+    credits: Json
+    credits_need_management_key: bool
+    etag: str
+
+
+_SETTINGS: Final[Spec] = {
+    "catalog": "array?", "zdr_models": "array?", "user_models": "array?", "key_info": "object",
+    "credits": "object", "credits_need_management_key": "boolean", "etag": "string",
+}  # fmt: skip
+_USUAL: Final[Settings] = {
+    "catalog": None, "zdr_models": None, "user_models": None, "key_info": {}, "credits": {},
+    "credits_need_management_key": False, "etag": "weak",
+}  # fmt: skip
+_ETAGS: Final = {"weak": 'W/"{}"', "strong": '"{}"', "off": ""}
+_CACHE_CONTROL: Final = "private, no-cache"
+_ZDR_AUTHORS: Final = frozenset({"anthropic", "google", "meta-llama", "mistralai"})
+_SPANS: Final = ("", "_daily", "_weekly", "_monthly")
+_KEY_INFO: Final[Json] = {
+    "label": "sk-or-v1-sim...000", "limit": 25, "limit_reset": "monthly", "limit_remaining": 25,
+    "include_byok_in_limit": False,
+    **{f"{kind}usage{span}": 0 for kind in ("", "byok_") for span in _SPANS},
+    "is_free_tier": False, "is_management_key": False, "is_provisioning_key": False,
+    "creator_user_id": None, "expires_at": None,
+}  # fmt: skip
+_CREDITS: Final[Json] = {"total_credits": 100.5, "total_usage": 25.75}
+
+
+def _check_settings(settings: Mapping[str, Any]) -> None:
+    """Raise ValueError that names every unknown or unusable setting of the server."""
+    checker = _Checker()
+    checker.fields((), settings, _SETTINGS)
+    for name in settings.keys() - _SETTINGS.keys():
+        checker.issue((name,), "Unknown setting")
+    for name in ("zdr_models", "user_models"):
+        if not all(isinstance(slug, str) for slug in _list(settings, name)):
+            checker.issue((name,), "Expected model ids")
+    if settings["etag"] not in _ETAGS:
+        checker.issue(("etag",), f"Expected one of {', '.join(_ETAGS)}")
+    if checker.issues:
+        raise ValueError("; ".join(f"{issue['path'][0]}: {issue['message']}" for issue in checker.issues))
+
+
 @dataclass
 class _Queued:
     """A queued scenario: for the next `times` requests whose path ends with `on`."""
@@ -1797,9 +2001,10 @@ class Simulator:
     """A loopback server that speaks OpenRouter's API; use it as `async with Simulator() as sim`.
 
     `port` 0 takes a free one. `key`: the only accepted key; None accepts any non-empty key that does not
-    begin with "sk-bad". `catalog`: model rows that replace CATALOG. `rate`: deltas per second of scenarios
-    that name none (0 = full speed). `golden`: folder of recorded streams. `keep_keys`: keep the
-    Authorization header in the record as it came.
+    begin with "sk-bad". `rate`: deltas per second of scenarios that name none (0 = full speed). `golden`:
+    folder of recorded streams. `keep_keys`: keep the Authorization header in the record as it came.
+    `settings`: see Settings; `configure` changes them, `reset` brings these back. Raises ValueError for an
+    unusable one.
     """
 
     def __init__(
@@ -1808,13 +2013,16 @@ class Simulator:
         host: str = "127.0.0.1",
         port: int = 0,
         key: str | None = None,
-        catalog: Sequence[Json] | None = None,
         rate: float = 0,
         golden: str | Path | None = None,
         keep_keys: bool = False,
+        **settings: Unpack[Settings],
     ) -> None:
         self.host, self.port, self.key, self.rate, self.keep_keys = host, port, key, rate, keep_keys
-        self.catalog: dict[str, Json] = {row["id"]: row for row in (CATALOG if catalog is None else catalog)}
+        self._settings: Json = {}
+        self.catalog: dict[str, Any] = {}  # the entries of settings["catalog"] by id
+        self.configure(**{**_USUAL, **settings})
+        self._initial = dict(self._settings)
         self.golden = Path(golden) if golden else GOLDEN_DIR
         self.requests: list[RecordedRequest] = []
         self._queue: list[_Queued] = []
@@ -1878,8 +2086,24 @@ class Simulator:
         on, tasks = str(params.pop("on", "")), bool(params.pop("tasks", False))
         self._queue.append(_Queued(scenario, times, params, on, tasks))
 
+    def configure(self, **changes: Unpack[Settings]) -> None:
+        """Change some settings from the next request on; raises ValueError, and then nothing has changed.
+
+        A new `catalog` replaces the old one whole. `self.catalog` may also be changed row by row.
+        """
+        given = {name: list(value) if isinstance(value, tuple) else value for name, value in changes.items()}
+        settings = {**_USUAL, **self._settings, **given}
+        _check_settings(settings)
+        self._settings = settings
+        if "catalog" in given:
+            self.catalog = _keyed(CATALOG if settings["catalog"] is None else settings["catalog"])
+
     def reset(self) -> None:
-        """Forget the queue, the counted `times`, and all records but those of open requests."""
+        """Forget the queue, the counted `times`, and all records but those of open requests.
+
+        The settings, the catalog among them, become those of the start again.
+        """
+        self.configure(**self._initial)
         self._queue.clear()
         self._spent.clear()
         self.requests[:] = [record for record in self.requests if record.ended == OPEN]
@@ -1889,6 +2113,10 @@ class Simulator:
     def open(self) -> int:
         """The number of requests that are being answered now."""
         return sum(record.ended == OPEN for record in self.requests)
+
+    def statuses(self, on: str) -> list[int]:
+        """The HTTP statuses of the answers so far, oldest first, where the path ends with `on`."""
+        return [record.status for record in self.requests if record.status and record.path.endswith(on)]
 
     async def wait_until(self, condition: Callable[[Simulator], bool], timeout: float = 5.0) -> None:
         """Wait until `condition(self)` holds; raises TimeoutError.
@@ -1910,6 +2138,7 @@ class Simulator:
             web.get(f"{base}/models/user", self._models_user),
             web.get(f"{base}/models/count", self._models_count),
             web.get(f"{base}/models/{{author}}/{{slug}}/endpoints", self._endpoints),
+            web.get(f"{base}/endpoints/zdr", self._endpoints_zdr),
             web.get(f"{base}/key", self._key),
             web.get(f"{base}/credits", self._credits),
             web.post(f"{base}/responses", self._responses),
@@ -1917,6 +2146,7 @@ class Simulator:
             web.get("/_control/requests", self._control_requests),
             web.get("/_control/open", self._control_open),
             web.post("/_control/next", self._control_next),
+            web.post("/_control/settings", self._control_settings),
             web.post("/_control/reset", self._control_reset),
         ]
 
@@ -2010,17 +2240,38 @@ class Simulator:
     # Catalog and account
 
     async def _models(self, request: web.Request) -> web.Response:
-        rows = _filtered(list(self.catalog.values()), request.query)
-        offset, limit = int(request.query.get("offset", 0)), int(request.query.get("limit", len(rows) or 1))
-        page = rows[offset : offset + limit]
-        return _json({"data": page, "total_count": len(rows), "links": {"next": None}})
+        return self._listed(request, list(self.catalog.values()))
 
     async def _models_user(self, request: web.Request) -> web.Response:
         self._authorize(request)
-        return await self._models(request)
+        chosen = self._settings["user_models"]
+        return self._listed(
+            request, [row for slug, row in self.catalog.items() if chosen is None or slug in chosen]
+        )
 
     async def _models_count(self, request: web.Request) -> web.Response:
-        return _json({"data": {"count": len(_filtered(list(self.catalog.values()), request.query))}})
+        rows = _filtered(list(self.catalog.values()), request.query, self._zdr_models())
+        return _json({"data": {"count": len(rows)}})
+
+    def _listed(self, request: web.Request, rows: list[Any]) -> web.Response:
+        """Answer with the page of rows that the query asks for, or with 304 if the client has it."""
+        rows = _filtered(rows, request.query, self._zdr_models())
+        offset, limit = int(request.query.get("offset", 0)), int(request.query.get("limit", len(rows) or 1))
+        body = _dumps({
+            "data": rows[offset : offset + limit], "total_count": len(rows), "links": {"next": None},
+        })  # fmt: skip
+        mark = hashlib.sha256(body).hexdigest()[:32]
+        headers = {"Cache-Control": _CACHE_CONTROL}
+        if pattern := _ETAGS[self._settings["etag"]]:
+            headers["ETag"] = pattern.format(mark)
+            if {mark, "*"} & {tag.value for tag in request.if_none_match or ()}:
+                return web.Response(status=304, headers=headers)
+        return web.Response(body=body, headers=headers, content_type="application/json")
+
+    def _zdr_models(self) -> list[str]:
+        """The ids with zero data retention: as set, else by the rule."""
+        chosen = self._settings["zdr_models"]
+        return [slug for slug in self.catalog if _keeps_nothing(slug)] if chosen is None else list(chosen)
 
     async def _endpoints(self, request: web.Request) -> web.Response:
         """Two providers for any model of the catalog."""
@@ -2028,33 +2279,26 @@ class Simulator:
         row = _lookup(self.catalog, slug)
         if row is None:
             raise RefusalError(404, _gateway(404, f"No model named {slug}"))
-        shared: Json = {
-            "model_id": row["id"], "model_name": row["name"], "quantization": None, "status": 0,
-            "context_length": row["context_length"], "max_completion_tokens": None, "max_prompt_tokens": None,
-            "pricing": {**row["pricing"], "discount": 0}, "supported_parameters": row["supported_parameters"],
-            "supports_implicit_caching": False, "latency_last_30m": None, "throughput_last_30m": None,
-            "uptime_last_5m": 99.9, "uptime_last_30m": 99.5, "uptime_last_1d": None,
-        }  # fmt: skip
-        endpoints = [
-            shared | {"name": f"{name} | {row['id']}", "provider_name": name, "tag": tag}
-            for name, tag in (("ProviderA", "provider-a"), ("ProviderB", "provider-b/fp8"))
-        ]
         kept = ("id", "name", "created", "description", "architecture")
-        return _json({"data": {key: row[key] for key in kept} | {"endpoints": endpoints}})
+        return _json({"data": {key: row[key] for key in kept} | {"endpoints": _public_endpoints(row)}})
+
+    async def _endpoints_zdr(self, request: web.Request) -> web.Response:
+        """Two endpoints for every model with zero data retention."""
+        rows = [(_lookup(self.catalog, slug) or _readable({"id": slug}), slug) for slug in self._zdr_models()]
+        return _json(
+            {"data": [line | {"model_id": slug} for row, slug in rows for line in _public_endpoints(row)]}
+        )
 
     async def _key(self, request: web.Request) -> web.Response:
         self._authorize(request)
-        spans = ("", "_daily", "_weekly", "_monthly")
-        spent = {f"{kind}usage{span}": 0 for kind in ("", "byok_") for span in spans}
-        return _json({"data": {
-            "label": "sk-or-v1-sim...000", "limit": 25, "limit_reset": "monthly", "limit_remaining": 25,
-            "include_byok_in_limit": False, **spent, "is_free_tier": False, "is_management_key": False,
-            "is_provisioning_key": False, "creator_user_id": None, "expires_at": None,
-        }})  # fmt: skip
+        return _json({"data": _KEY_INFO | self._settings["key_info"]})
 
     async def _credits(self, request: web.Request) -> web.Response:
         self._authorize(request)
-        return _json({"data": {"total_credits": 100.5, "total_usage": 25.75}})
+        manages = self._settings["key_info"].get("is_management_key")
+        if self._settings["credits_need_management_key"] and not manages:
+            raise RefusalError(403, _gateway(403, "Only management keys can perform this operation"))
+        return _json({"data": _CREDITS | self._settings["credits"]})
 
     # Inference
 
@@ -2095,7 +2339,7 @@ class Simulator:
     def _checked_turn(self, chat: bool, body: Json) -> Turn:
         (_check_chat if chat else _check_responses)(body)
         asked = [body["model"]] if body.get("model") else []
-        wanted = asked + (body.get("models") or []) or [next(iter(self.catalog))]
+        wanted = asked + (body.get("models") or []) or [next(iter(self.catalog), "")]
         found = [(name, model) for name in wanted if (model := _lookup(self.catalog, name))]
         if not found:
             raise RefusalError(400, _model_not_found(str(wanted[0])))
@@ -2180,6 +2424,14 @@ class Simulator:
             return _json({"error": f"unusable order: {error!r}", "scenarios": sorted(SCENARIOS)}, status=400)
         return _json({"queued": len(self._queue)})
 
+    async def _control_settings(self, request: web.Request) -> web.Response:
+        """Change settings: an object with some of the names of Settings."""
+        try:
+            self.configure(**await request.json())
+        except (TypeError, ValueError) as error:
+            return _json({"error": f"unusable settings: {error}", "settings": sorted(_SETTINGS)}, status=400)
+        return _json({"models": len(self.catalog)})
+
     async def _control_reset(self, request: web.Request) -> web.Response:
         self.reset()
         return _json({"queued": 0})
@@ -2195,20 +2447,61 @@ def _bearer(request: web.Request) -> str:
     return key.strip() if scheme.lower() == "bearer" else ""
 
 
-def _filtered(rows: list[Json], query: Mapping[str, str]) -> list[Json]:
-    """Filter catalog rows as GET /models does: output (default text) and input modalities, parameters, q."""
+def _keeps_nothing(slug: str) -> bool:
+    """The rule for zero data retention: the models of four vendors, but no free variant and no alias."""
+    return slug.split("/")[0] in _ZDR_AUTHORS and not slug.endswith(":free")
+
+
+def _public_endpoints(row: Json) -> list[Json]:
+    """Two providers for a readable row, as PublicEndpoint objects."""
+    shared: Json = {
+        "model_id": row["id"], "model_name": row["name"], "quantization": None, "status": 0,
+        "context_length": row["context_length"], "max_completion_tokens": None, "max_prompt_tokens": None,
+        "pricing": {**row["pricing"], "discount": 0}, "supported_parameters": row["supported_parameters"],
+        "supports_implicit_caching": False, "latency_last_30m": None, "throughput_last_30m": None,
+        "uptime_last_5m": 99.9, "uptime_last_30m": 99.5, "uptime_last_1d": None,
+    }  # fmt: skip
+    return [
+        shared | {"name": f"{name} | {row['id']}", "provider_name": name, "tag": tag}
+        for name, tag in (("DeepInfra", "deepinfra"), ("Together", "together/fp8"))
+    ]
+
+
+def _named(row: Any, *path: str) -> set[str] | None:
+    """The strings of the list at a path of a catalog entry; None where there is no such list."""
+    for key in path:
+        row = row.get(key) if isinstance(row, dict) else None
+    return {value for value in row if isinstance(value, str)} if isinstance(row, list) else None
+
+
+def _slugs(row: Any) -> set[str]:
+    """What a catalog entry goes by: its id, its dated slug and, if it is an alias, its target."""
+    row = _readable(row if isinstance(row, dict) else {})
+    return {row["id"], row["canonical_slug"], row["alias_target"]["slug"]}
+
+
+def _filtered(rows: list[Any], query: Mapping[str, str], zdr: Sequence[str]) -> list[Any]:
+    """Filter catalog entries as GET /models does: output (default text) and input modalities, parameters, q,
+    zdr. An entry whose modalities or parameters cannot be read is not filtered by them.
+    """
     outputs = set(query.get("output_modalities", "text").split(","))
     inputs = set(filter(None, query.get("input_modalities", "").split(",")))
     parameters = set(filter(None, query.get("supported_parameters", "").split(",")))
-    words = query.get("q", "").lower()
-    return [
-        row
-        for row in rows
-        if ("all" in outputs or outputs & set(row["architecture"]["output_modalities"]))
-        and inputs <= set(row["architecture"]["input_modalities"])
-        and parameters <= set(row.get("supported_parameters") or [])
-        and words in f"{row['id']} {row['name']}".lower()
-    ]
+    words, private = query.get("q", "").lower(), query.get("zdr") == "true"
+
+    def fits(row: Any) -> bool:
+        title = f"{row.get('id')} {row.get('name')}" if isinstance(row, dict) else ""
+        gives, takes = (_named(row, "architecture", f"{side}_modalities") for side in ("output", "input"))
+        named = _named(row, "supported_parameters")
+        return (
+            ("all" in outputs or gives is None or bool(outputs & gives))
+            and (takes is None or inputs <= takes)
+            and (named is None or parameters <= named)
+            and words in title.lower()
+            and (not private or not _slugs(row).isdisjoint(zdr))
+        )
+
+    return [row for row in rows if fits(row)]
 
 
 # ── 10. Command line ─────────────────────────────────────────────────────────
@@ -2235,11 +2528,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     parser.add_argument("--port", type=int, default=0, help="port to listen on (default: a free one)")
     parser.add_argument("--key", help="accept only this key (default: any that does not begin with sk-bad)")
-    parser.add_argument("--catalog", type=Path, help='JSON file with models: a list, or {"data": [...]}')
+    models = parser.add_mutually_exclusive_group()
+    models.add_argument("--catalog", type=Path, help='JSON file with models: a list, or {"data": [...]}')
+    models.add_argument("--models", type=int, metavar="N", help="serve a synthetic catalog of N models")
     parser.add_argument("--rate", type=float, default=0, help="deltas per second (default: all at once)")
     parser.add_argument("--golden", type=Path, help="folder of recorded streams")
     options = parser.parse_args(argv)
-    catalog = None
+    catalog = None if options.models is None else synthetic_catalog(options.models)
     try:
         if options.catalog:
             read = json.loads(options.catalog.read_text(encoding="utf-8"))

@@ -15,7 +15,7 @@ import signal
 import struct
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ PAGE = ROOT / "docs" / "simulator.md"
 AUTH = {"Authorization": "Bearer sk-or-test"}
 MODEL = "openai/gpt-4o-mini"
 REASONER = "openai/gpt-5-mini"
+PAINTER = "black-forest-labs/flux.2-pro"  # makes images and no text
 WEATHER: Json = {
     "type": "function",
     "name": "get_weather",
@@ -330,6 +331,28 @@ async def test_the_picture_is_a_png_of_the_asked_size(sim: Simulator, http: aioh
     assert struct.unpack(">II", png[16:24]) == (40, 40)
 
 
+@pytest.mark.parametrize("model", [PAINTER, "google/gemini-2.5-flash-image"])
+async def test_who_is_asked_for_an_image_alone_gives_no_text(
+    sim: Simulator, http: aiohttp.ClientSession, strict: Schema, model: str
+) -> None:
+    events = await _stream(sim, http, "A lighthouse", model=model, modalities=["image"])
+    (item,) = events[-1]["response"]["output"]
+    assert item["type"] == "image_generation_call"
+    assert item["result"].startswith("data:image/png;base64,")
+    assert [problem for event in events for problem in strict.event_problems(event)] == []
+    chunks = await _chunks(sim, http, "A lighthouse", model=model, modalities=["image"])
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"]]
+    assert [image["type"] for delta in deltas for image in delta.get("images", [])] == ["image_url"]
+    assert not any(delta.get("content") for delta in deltas)
+
+
+async def test_chat_refuses_tools_and_modalities_too(sim: Simulator, http: aiohttp.ClientSession) -> None:
+    tool = {"type": "function", "function": {"name": "f"}}
+    for change in ({"model": PAINTER}, {"model": "google/gemini-2.5-flash-image", "tools": [tool]}):
+        status, raw = await _post(sim, http, _chat_body("hi", **change), "/chat/completions")
+        assert (status, json.loads(raw)["error"]["code"]) == (404, 404)
+
+
 async def test_citations_lie_where_they_say(sim: Simulator, http: aiohttp.ClientSession) -> None:
     part = (await _stream(sim, http, "[[web_search]]"))[-1]["response"]["output"][1]["content"][0]
     quoted = [part["text"][note["start_index"] : note["end_index"]] for note in part["annotations"]]
@@ -586,7 +609,15 @@ PIXEL: Json = {"type": "input_image", "detail": "auto", "image_url": "data:image
         (400, "greater", {"model": "anthropic/claude-sonnet-4.6", "reasoning": {"max_tokens": 2000},
                           "max_output_tokens": 2000}),
         (404, "image input", {"model": "deepseek/deepseek-r1-0528", "input": [USER | {"content": [PIXEL]}]}),
-        (404, "output of", {"modalities": ["image", "text"]}),
+        (404, "output modalities: image, text", {"modalities": ["image", "text"]}),
+        (404, "output modalities: image", {"modalities": ["image"]}),
+        (404, "output modalities: text", {"model": PAINTER}),
+        (404, "output modalities: text", {"model": PAINTER, "modalities": []}),
+        (404, "output modalities: text", {"model": PAINTER, "modalities": ["text"]}),
+        (404, "output modalities: image, text", {"model": PAINTER, "modalities": ["image", "text"]}),
+        (404, "support tool use", {"model": "google/gemini-2.5-flash-image", "tools": [WEATHER]}),
+        (404, "support tool use", {"model": "google/gemini-2.5-flash-image",
+                                   "tools": [{"type": "openrouter:web_search"}]}),
         (400, "no scenario named", {"input": "[[nonsense]]"}),
     ],
 )  # fmt: skip
@@ -608,6 +639,9 @@ async def test_refusals(
         {"model": "openai/gpt-4o-mini@preset/mine"},
         {"model": "nobody/x", "models": ["nobody/y", MODEL]},
         {"input": [USER, CALL, OUTPUT]},
+        {"model": PAINTER, "modalities": ["image"]},
+        {"model": "openai/gpt-5-image", "modalities": ["image", "text"], "tools": [WEATHER]},
+        {"model": "google/gemini-2.5-flash-image", "tools": []},
         {"input": [USER, {"type": "openrouter:advisor", "id": "a", "status": "completed"}, USER]},
     ],
 )
@@ -713,6 +747,212 @@ async def test_an_own_catalog_and_the_small_endpoints(http: aiohttp.ClientSessio
         ] == "z-ai/glm-4.6"
 
 
+async def _get(
+    sim: Simulator, http: aiohttp.ClientSession, path: str, **headers: str
+) -> tuple[int, Any, Mapping[str, str]]:
+    """Status, JSON (None without a body) and headers of a GET; `_` in header names stands for `-`."""
+    sent = {name.replace("_", "-"): value for name, value in headers.items()}
+    async with http.get(sim.base_url + path, headers=sent) as answer:
+        raw = await answer.read()
+        return answer.status, json.loads(raw) if raw else None, answer.headers
+
+
+async def _ids(sim: Simulator, http: aiohttp.ClientSession, path: str) -> list[str]:
+    _, found, _ = await _get(sim, http, path)
+    return [row["id"] for row in found["data"]]
+
+
+async def _settings(sim: Simulator, http: aiohttp.ClientSession, body: Any) -> tuple[int, Json]:
+    async with http.post(f"{sim.root_url}/_control/settings", json=body) as answer:
+        return answer.status, await answer.json()
+
+
+async def test_endpoints_with_zero_data_retention(
+    sim: Simulator, http: aiohttp.ClientSession, strict: Schema
+) -> None:
+    status, found, _ = await _get(sim, http, "/endpoints/zdr")
+    assert status == 200
+    assert [problem for row in found["data"] for problem in strict.problems("PublicEndpoint", row)] == []
+    listed = {row["model_id"] for row in found["data"]}
+    assert {"anthropic/claude-sonnet-4.6", "google/gemini-2.5-pro"} <= listed
+    assert listed.isdisjoint({MODEL, "openai/gpt-oss-20b:free", "~anthropic/claude-sonnet-latest"})
+    assert len({row["tag"] for row in found["data"]}) == 2
+    private = await _ids(sim, http, "/models?zdr=true&output_modalities=all")
+    assert set(private) == listed | {"~anthropic/claude-sonnet-latest"}
+    _, counted, _ = await _get(sim, http, "/models/count?zdr=true&output_modalities=all")
+    assert counted["data"]["count"] == len(private)
+
+
+async def test_the_models_with_zero_data_retention_can_be_set(http: aiohttp.ClientSession) -> None:
+    async with Simulator(zdr_models=[MODEL, "acme/gone-2025-01-01"]) as sim:
+        _, found, _ = await _get(sim, http, "/endpoints/zdr")
+        assert [row["model_id"] for row in found["data"][::2]] == [MODEL, "acme/gone-2025-01-01"]
+        assert await _ids(sim, http, "/models?zdr=true") == [MODEL]
+        sim.configure(zdr_models=[simulator.CATALOG[0]["canonical_slug"]])
+        assert await _ids(sim, http, "/models?zdr=true") == [simulator.CATALOG[0]["id"]]
+        assert await _settings(sim, http, {"zdr_models": []}) == (200, {"models": len(simulator.CATALOG)})
+        assert (await _get(sim, http, "/endpoints/zdr"))[1] == {"data": []}
+        assert await _ids(sim, http, "/models?zdr=true") == []
+
+
+async def test_the_models_of_the_key_can_be_fewer(sim: Simulator, http: aiohttp.ClientSession) -> None:
+    every = await _ids(sim, http, "/models")
+    assert await _ids(sim, http, "/models/user") == every
+    sim.configure(user_models=[MODEL, PAINTER])
+    assert await _ids(sim, http, "/models/user") == [MODEL]
+    assert await _ids(sim, http, "/models/user?output_modalities=all") == [MODEL, PAINTER]
+    assert await _ids(sim, http, "/models") == every
+    for key in ("", "sk-bad"):
+        assert (await _get(sim, http, "/models/user", Authorization=f"Bearer {key}"))[0] == 401
+
+
+@pytest.mark.parametrize("path", ["/models", "/models/user"])
+@pytest.mark.parametrize(("etag", "shape"), [("weak", r'W/"\w+"'), ("strong", r'"\w+"')])
+async def test_a_known_list_is_not_sent_again(
+    http: aiohttp.ClientSession, path: str, etag: str, shape: str
+) -> None:
+    async with Simulator(etag=etag) as sim:
+        status, old, headers = await _get(sim, http, path)
+        mark = headers["ETag"]
+        assert (status, bool(re.fullmatch(shape, mark))) == (200, True)
+        for known in (mark, f'"other", {mark}', "*", mark.removeprefix("W/")):
+            status, body, headers = await _get(sim, http, path, If_None_Match=known)
+            assert (status, body, headers["ETag"]) == (304, None, mark)
+            assert "Cache-Control" in headers
+        assert (await _get(sim, http, path, If_None_Match='"other"'))[0] == 200
+        sim.configure(catalog=old["data"][:2])
+        status, new, headers = await _get(sim, http, path, If_None_Match=mark)
+        assert (status, new["data"]) == (200, old["data"][:2])
+        assert headers["ETag"] != mark
+        assert sim.statuses(path) == [200, 304, 304, 304, 304, 200, 200]
+        assert sim.requests[1].headers["if-none-match"] == mark
+
+
+async def test_a_server_without_etags(http: aiohttp.ClientSession) -> None:
+    async with Simulator(etag="off") as sim:
+        status, _, headers = await _get(sim, http, "/models", If_None_Match="*")
+        assert (status, "ETag" in headers) == (200, False)
+
+
+JUNK: list[Any] = [
+    *(None, 5, "x", [], {}, {"id": None}, {"id": ["a"]}),
+    {"id": "a/1", "architecture": "text"},
+    {"id": "a/2", "architecture": {"output_modalities": [1, "text"]}, "pricing": {"prompt": "?"}},
+    {"id": "a/2", "name": 3, "supported_parameters": [{}, None], "reasoning": True},
+]
+
+
+async def test_the_catalog_can_be_changed_while_it_runs(sim: Simulator, http: aiohttp.ClientSession) -> None:
+    for rows in ([], JUNK, [simulator.CATALOG[1]]):
+        assert await _settings(sim, http, {"catalog": rows}) == (200, {"models": len(rows)})
+        for path in ("/models", "/models/user", "/models?output_modalities=all&zdr=false"):
+            _, found, _ = await _get(sim, http, path)
+            assert (found["data"], found["total_count"]) == (rows, len(rows))
+        assert (await _get(sim, http, "/models?zdr=true&q=b"))[1]["data"] == []
+    assert (await _post(sim, http, _body("hi")))[0] == 400
+    sim.reset()
+    assert list(sim.catalog) == [row["id"] for row in simulator.CATALOG]
+    assert (await _post(sim, http, _body("hi")))[0] == 200
+
+
+async def test_an_empty_catalog_has_no_first_model(http: aiohttp.ClientSession) -> None:
+    async with Simulator(catalog=[]) as sim:
+        for change in ({"_": 0}, {"model": "@preset/mine"}, {"model": "#0"}):
+            body = {"input": "hi", **change}
+            status, raw = await _post(sim, http, body)
+            assert (status, "not a valid model ID" in raw.decode()) == (400, True)
+
+
+@pytest.mark.parametrize("model", ["a/1", "a/2"])
+async def test_a_garbled_model_with_an_id_answers(http: aiohttp.ClientSession, model: str) -> None:
+    async with Simulator(catalog=JUNK) as sim:
+        final = (await _stream(sim, http, "hi", model=model, tools=[WEATHER]))[-1]["response"]
+        assert (final["model"], final["usage"]["cost"]) == (model, 0)
+        assert (await _get(sim, http, f"/models/{model}/endpoints"))[0] == 200
+
+
+async def test_the_account_can_be_set(http: aiohttp.ClientSession) -> None:
+    async with Simulator(credits_need_management_key=True, key_info={"limit_remaining": None}) as sim:
+        _, known, _ = await _get(sim, http, "/key")
+        assert (known["data"]["limit_remaining"], known["data"]["limit"]) == (None, 25)
+        status, refusal, _ = await _get(sim, http, "/credits")
+        assert (status, refusal["error"]["code"]) == (403, 403)
+        sim.configure(key_info={"is_management_key": True}, credits={"total_usage": 101})
+        assert (await _get(sim, http, "/credits"))[:2] == (
+            200,
+            {"data": {"total_credits": 100.5, "total_usage": 101}},
+        )
+        assert (await _get(sim, http, "/key"))[1]["data"]["limit_remaining"] == 25
+        sim.reset()
+        assert (await _get(sim, http, "/credits"))[0] == 403
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        [],
+        5,
+        {"nonsense": 1},
+        {"catalog": {}},
+        {"zdr_models": [1]},
+        {"user_models": "a/1"},
+        {"key_info": None},
+        {"etag": "soft"},
+        {"etag": None},
+        {"etag": "off", "credits_need_management_key": 1},
+    ],
+)
+async def test_unusable_settings_change_nothing(
+    sim: Simulator, http: aiohttp.ClientSession, body: Any
+) -> None:
+    status, refusal = await _settings(sim, http, body)
+    assert (status, "catalog" in refusal["settings"]) == (400, True)
+    assert "ETag" in (await _get(sim, http, "/models"))[2]
+    if isinstance(body, dict):
+        with pytest.raises(ValueError, match=list(body)[-1]):
+            Simulator(**body)
+
+
+PATHS = ["/models", "/models/user", "/models/count", "/endpoints/zdr", "/key", "/credits"]
+
+
+@pytest.mark.parametrize("path", PATHS)
+async def test_every_list_can_fail_and_stall(sim: Simulator, http: aiohttp.ClientSession, path: str) -> None:
+    sim.next("http_error", name="503_no_provider", on=path)
+    sim.next("stall_headers", wait=0, on=path)
+    sim.next("stall_headers", on=path)
+    assert [(await _get(sim, http, path))[0] for _ in range(2)] == [503, 200]
+    waiting = asyncio.create_task(_get(sim, http, path))
+    await sim.wait_until(lambda server: len(server.requests) == 3)
+    assert (sim.open, sim.statuses(path)) == (1, [503, 200])
+    waiting.cancel()
+    await sim.wait_until(lambda server: server.open == 0)
+    assert sim.requests[-1].ended == "client_disconnected"
+
+
+def test_a_synthetic_catalog_is_like_a_real_one(strict: Schema) -> None:
+    rows = simulator.synthetic_catalog(1000)
+    assert rows == simulator.synthetic_catalog(1000)
+    assert rows[:50] == simulator.synthetic_catalog(50)
+    assert [row["id"] for row in rows[: len(simulator.CATALOG)]] == [row["id"] for row in simulator.CATALOG]
+    assert [problem for row in rows for problem in strict.problems("Model", row)] == []
+    assert len({row["id"] for row in rows}) == len({row["name"] for row in rows}) == 1000
+    assert len({row["id"].split("/")[0] for row in rows}) >= 20
+    assert {300 <= len(row["description"]) <= 800 for row in rows} == {True}
+    assert 1_500 < sum(len(json.dumps(row)) for row in rows) / 1000 < 3_000
+    assert 200 < sum("reasoning" in row for row in rows) < 800
+    assert [len(simulator.synthetic_catalog(count)) for count in (-1, 0, 3)] == [0, 0, 3]
+
+
+def test_a_synthetic_catalog_is_the_callers_own() -> None:
+    before = copy.deepcopy(simulator.CATALOG)
+    for row in simulator.synthetic_catalog(40):
+        row["architecture"]["input_modalities"].clear()
+        row["pricing"].clear()
+        row["top_provider"].clear()
+    assert before == simulator.CATALOG
+
+
 # ── The record and the controls ──────────────────────────────────────────────
 
 
@@ -787,10 +1027,24 @@ async def test_plain_words_choose_scenarios(sim: Simulator, http: aiohttp.Client
     await asyncio.wait([request])
 
 
-def test_the_page_names_every_scenario_and_word() -> None:
+def test_the_page_names_every_scenario_word_and_setting() -> None:
     page = PAGE.read_text(encoding="utf-8")
-    missing = [name for name in [*SCENARIOS, *WORDS, *simulator.HTTP_ERRORS] if f"`{name}`" not in page]
+    names = [*SCENARIOS, *WORDS, *simulator.HTTP_ERRORS, *simulator.Settings.__annotations__]
+    missing = [name for name in names if f"`{name}`" not in page]
     assert missing == []
+
+
+async def test_a_large_catalog_from_the_command_line(http: aiohttp.ClientSession) -> None:
+    server = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "openrouter_responses_pipe.simulator", "--models", "1000",
+        cwd=ROOT, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    assert server.stdout is not None
+    base_url = (await asyncio.wait_for(server.stdout.readline(), 20)).decode().split()[-1]
+    async with http.get(f"{base_url}/models?output_modalities=all") as answer:
+        assert (await answer.json())["data"] == simulator.synthetic_catalog(1000)
+    server.send_signal(signal.SIGINT)
+    assert await asyncio.wait_for(server.communicate(), 20) == (b"", b"")
 
 
 async def test_the_command_line(http: aiohttp.ClientSession, tmp_path: Path) -> None:
