@@ -10,7 +10,8 @@ The floors of this file, from the ground up. A floor names only floors below it.
 
  1. Imports & constants
  2. Typed shapes
- 3. Errors & templates
+3a. Errors & templates
+3b. OpenRouter's errors
  4. Security & helpers
  5. Session logging
  6. Valves
@@ -72,6 +73,7 @@ from collections.abc import (
 )
 from datetime import date
 from email.utils import parsedate_to_datetime
+from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -107,6 +109,9 @@ except ImportError:
 
 # Limits and sizes
 _CATALOG_REFRESH_S: Final = 3600.0
+_MAX_CATALOGS: Final = 32  # more than one only where keys or addresses differ
+_BALANCE_S: Final = 60.0  # for so long an account's balance is not asked for again
+_BALANCE_WAIT_S: Final = 3.0
 _CATALOG_RETRY_S: Final = 15.0  # after the first failure; twice as long after each further one
 _CATALOG_LONGEST_RETRY_S: Final = 300.0
 _CATALOG_TIMEOUT_S: Final = 30.0
@@ -116,6 +121,7 @@ _MAX_ERROR_BYTES: Final = 256 * 1024
 _MAX_WORDS_CHARS: Final = 600  # of what a provider says about its error
 _LARGE_BODY_BYTES: Final = 1024 * 1024
 _HEAVY_FRAME_BYTES: Final = 256 * 1024  # decoded in a thread
+_NOT_MODIFIED: Final = 304
 _MAX_JSON_BYTES: Final = 32 * 1024 * 1024
 _OUTLET_MAX_CHARS: Final = 1_000_000
 _OUTLET_MAX_ENTRIES: Final = 2_000
@@ -249,10 +255,32 @@ class ToolCall(NamedTuple):
         return {"name": self.name, "arguments": self.arguments}
 
 
+class ReasoningSpec(NamedTuple):
+    """How a model reasons. `efforts` from high to low; None: any; empty: there is no choice."""
+
+    mandatory: bool = False
+    by_default: bool = False
+    efforts: tuple[str, ...] | None = None
+    default_effort: str = ""
+    takes_budget: bool = False
+
+
+class PriceOverride(NamedTuple):
+    """Other prices above so many input tokens, or within a time of day (UTC, HHMM, end exclusive)."""
+
+    prices: Mapping[str, float]
+    above_tokens: int | None = None
+    hours: tuple[int, int] | None = None
+
+
+_NO_PRICES: Final[Mapping[str, float]] = types.MappingProxyType({})
+
+
 class ModelSpec(NamedTuple):
     """What the catalog says of one model; None where it does not say.
 
-    Limits in tokens, prices in US dollars per token, `created` in seconds of the epoch, `expires` as a date.
+    Limits in tokens, `created` in seconds of the epoch, `expires` as a date. `prices` in US dollars under
+    the names of the catalog: per token, but `request`, `image` and `web_search` per unit.
     """
 
     id: str
@@ -261,11 +289,17 @@ class ModelSpec(NamedTuple):
     input_modalities: frozenset[str] = frozenset({"text"})
     output_modalities: frozenset[str] = frozenset({"text"})
     supported_parameters: frozenset[str] = frozenset()
-    reasoning: bool = False
-    price_in: float | None = None
-    price_out: float | None = None
+    reasoning: ReasoningSpec | None = None
+    prices: Mapping[str, float] = _NO_PRICES
+    overrides: tuple[PriceOverride, ...] = ()
+    max_output: int | None = None
     created: int = 0
     expires: str = ""
+    description: str = ""
+    canonical: str = ""  # the dated id that never changes
+    alias_of: str = ""  # what a `~…-latest` id stands for now
+    zdr: bool = False  # there is a provider that keeps nothing; False also where nobody asked
+    is_known: bool = True  # False: it is not in the catalog, and may take anything
 
     @property
     def vendor(self) -> str:
@@ -273,14 +307,39 @@ class ModelSpec(NamedTuple):
         return self.id.partition("/")[0].lstrip("~")
 
     @property
+    def price_in(self) -> float | None:
+        """US dollars per input token."""
+        return self.prices.get("prompt")
+
+    @property
+    def price_out(self) -> float | None:
+        """US dollars per output token."""
+        return self.prices.get("completion")
+
+    @property
     def is_free(self) -> bool:
         """Whether it costs nothing, in and out."""
         return self.price_in == 0 and self.price_out == 0
 
     @property
+    def is_router(self) -> bool:
+        """Whether OpenRouter chooses the model for each request."""
+        return self.vendor == "openrouter"
+
+    @property
     def writes_text(self) -> bool:
-        """Whether the model can answer a chat."""
+        """Whether the model can answer in words."""
         return "text" in self.output_modalities
+
+    @property
+    def writes_images(self) -> bool:
+        """Whether the model makes pictures."""
+        return "image" in self.output_modalities
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model can think before it answers."""
+        return self.reasoning is not None
 
     @property
     def takes_tools(self) -> bool:
@@ -291,6 +350,36 @@ class ModelSpec(NamedTuple):
     def takes_images(self) -> bool:
         """Whether the model sees pictures."""
         return "image" in self.input_modalities
+
+    @property
+    def takes_files(self) -> bool:
+        """Whether the model itself reads files such as PDF."""
+        return "file" in self.input_modalities
+
+    @property
+    def takes_audio(self) -> bool:
+        """Whether the model hears."""
+        return "audio" in self.input_modalities
+
+    @property
+    def takes_video(self) -> bool:
+        """Whether the model sees films."""
+        return "video" in self.input_modalities
+
+    @property
+    def takes_schemas(self) -> bool:
+        """Whether its answer can be bound to a JSON schema."""
+        return "structured_outputs" in self.supported_parameters
+
+    @property
+    def takes_plugins(self) -> bool:
+        """Whether OpenRouter's plugins (web search, PDF parsing) apply to it."""
+        return self.writes_text
+
+    @property
+    def searches_web(self) -> bool:
+        """Whether its provider has a web search of its own."""
+        return "web_search_options" in self.supported_parameters or "web_search" in self.prices
 
 
 class ModelRef(NamedTuple):
@@ -320,6 +409,13 @@ class Connection(NamedTuple):
         return f"Connection({self.base_url})"  # never the key
 
 
+class Fetched(NamedTuple):
+    """An answer to `GET`, decoded; `content` is None where nothing has changed since `etag`."""
+
+    content: Any
+    etag: str = ""
+
+
 class ChatRequest(NamedTuple):
     """The arguments of one `pipe()` call, normalised once."""
 
@@ -330,6 +426,7 @@ class ChatRequest(NamedTuple):
     message_id: str = ""
     user_id: str = ""
     is_admin: bool = False
+    chose_tools: bool = False
     user_valves: Any = None
     event_emitter: HostEventEmitter | None = None
 
@@ -481,7 +578,7 @@ class _NothingToAwait:
 _NOTHING_TO_AWAIT: Final = _NothingToAwait()
 
 
-# ── 3. Errors & templates ────────────────────────────────────────────────────
+# ── 3a. Errors & templates ───────────────────────────────────────────────────
 # One tree of errors that carry data; one place that turns them into words.
 # Promise: nothing rendered here names a key, a user or a session.
 # Doc: docs/errors_and_user_messages.md   Tests: tests/test_errors.py
@@ -523,6 +620,7 @@ class PipeError(Exception):
         self.retry_after = retry_after
         self.status = status
         self.code = ""  # OpenRouter's word for what is not available, where it gave one
+        self.hint = ""  # one more sentence, for whoever may know it
         self.shown = ""  # the words that the person gets, once they are known
 
     @property
@@ -644,6 +742,7 @@ def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
         advice = ""
     if wait_s > 1 and not re.search(rf"\b{round(wait_s)}\b", message):
         advice = f"Please try again in {_in_words(wait_s)}."
+    advice = " ".join(part for part in (advice, error.hint) if part)
     kind = _TEMPLATE_CLASSES.get(error.template, "")
     error_id = page.error_id if kind else ""  # the others are no failures that a log could explain
     if kind in page.templates:
@@ -682,7 +781,11 @@ def _in_words(seconds: float) -> str:
     return f"{whole} second" + ("s" if whole > 1 else "")
 
 
-# OpenRouter's errors (reference §10)
+# ── 3b. OpenRouter's errors ──────────────────────────────────────────────────
+# What OpenRouter says when it refuses or fails, read into one of our errors (reference §10).
+# Promise: any body is read; what it says of keys and people never leaves.
+# Doc: docs/errors_and_user_messages.md   Tests: tests/test_errors.py
+
 _STATUS_TEMPLATES: Final[dict[int, str]] = {
     **dict.fromkeys((400, 403, 422), "refused"),
     **dict.fromkeys((500, *range(520, 527)), "server"),
@@ -980,10 +1083,35 @@ def _unique_id(wanted: str, used: set[str]) -> str:
     return name
 
 
+def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
+    """Leave the `most` entries that were added last."""
+    while len(kept) > most:
+        del kept[next(iter(kept))]
+
+
 def _matches_any(text: str, globs: str) -> bool:
-    """Whether `text` matches one of a comma list of globs, letter case aside."""
-    patterns = (glob.strip().lower() for glob in globs.split(","))
-    return any(fnmatch.fnmatchcase(text.lower(), glob) for glob in patterns if glob)
+    """Whether `text`, a model id, matches one of a comma list of globs, letter case aside."""
+    return any(fnmatch.fnmatchcase(text.lower(), glob.lower()) for glob in _listed(globs))
+
+
+def _dollars(cost: float) -> str:
+    """A price with two significant digits below ten cents, cents above: `$0.00023`, `$1.20`."""
+    if not cost > 1e-12:
+        return "$0"
+    decimals = max(2, 1 - math.floor(math.log10(cost)))
+    text = f"{cost:.{decimals}f}"
+    return "$" + text[: len(text) - decimals + 2] + text[len(text) - decimals + 2 :].rstrip("0")
+
+
+def _without_host_prefix(model: str) -> str:
+    """`author/slug` of an id as the host writes it, `function_id.author/slug`; any other as it is."""
+    head, dot, tail = model.partition(".")
+    return tail if dot and head.isidentifier() and ("/" in tail or tail.startswith("@")) else model
+
+
+def _listed(text: str) -> list[str]:
+    """The model ids or globs of a comma list, without blanks and without the host's prefix."""
+    return [_without_host_prefix(entry.strip()) for entry in text.split(",") if entry.strip()]
 
 
 def _pipe_id(module_name: str, model: str = "") -> str:
@@ -1146,6 +1274,11 @@ class _ModelValves(_ConnectionValves):
     TOOL_CALLING_FILTER: Literal["all", "only", "exclude"] = Field(
         default="all", description="Models that can call tools: show all, only these, or none of them."
     )
+    ZDR_MODELS_ONLY: bool = Field(
+        default=False,
+        description="Only models that a provider without data retention serves (which one answers, the "
+        "account's settings at OpenRouter decide).",
+    )
     MIN_CONTEXT: int = Field(
         default=0, ge=0, le=100_000_000, description="Smallest context of a model shown, in tokens; 0 = any."
     )
@@ -1174,6 +1307,10 @@ class _ModelValves(_ConnectionValves):
     )
     MODEL_CATALOG_REFRESH_SECONDS: int = Field(
         default=3600, ge=60, le=86400, description="Seconds after which the list of models is renewed."
+    )
+    ACCOUNT_MODELS_ONLY: bool = Field(
+        default=False,
+        description="Only models that the privacy and provider settings of the key's account allow.",
     )
 
 
@@ -1341,6 +1478,16 @@ class OpenWebUIHost:
     def __init__(self, version: str | None = _HOST_VERSION) -> None:
         self.version = version
 
+    def data_folder(self) -> Path | None:
+        """Where files of ours may lie; no other program reads them."""
+        if self.version is None:
+            return None
+        try:
+            from open_webui.env import DATA_DIR  # pyright: ignore[reportMissingImports]  # host only
+        except ImportError:
+            return None
+        return Path(DATA_DIR) / "openrouter_responses_pipe"
+
     def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
         """A stream for an API client, sent as it is.
 
@@ -1405,13 +1552,37 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
 # Promise: a page load never fails because of it, and concurrent ones cause one fetch.
 # Doc: docs/model_catalog_and_routing.md   Tests: tests/test_model_registry.py
 
-CatalogFetcher = Callable[[Connection], Awaitable[Any]]
-_CatalogKey = tuple[str, str]  # address, digest of the key
+# (connection, path, etag of what is known) -> the answer
+CatalogFetcher = Callable[[Connection, str, str], Awaitable[Fetched]]
+_CatalogKey = tuple[str, str, bool, str]  # address, path, with ZDR, digest of the key where it matters
+
+
+class CatalogChoice(NamedTuple):
+    """Which list of models, and for how many seconds it is new enough."""
+
+    refresh_s: float = _CATALOG_REFRESH_S
+    account_only: bool = False
+    zdr: bool = False
+
+    @classmethod
+    def of(cls, valves: Valves) -> CatalogChoice:
+        """As the valves choose."""
+        refresh_s = float(valves.MODEL_CATALOG_REFRESH_SECONDS)
+        return cls(refresh_s, valves.ACCOUNT_MODELS_ONLY, valves.ZDR_MODELS_ONLY)
+
+    @property
+    def path(self) -> str:
+        """Where the list is (reference §11)."""
+        return "/models/user" if self.account_only else "/models?output_modalities=all"
+
+
+_PLAIN_CHOICE: Final = CatalogChoice()
 
 
 class _Catalog(NamedTuple):
     models: dict[str, ModelSpec]
     fetched_at: float
+    etag: str = ""
 
 
 class _Loading(NamedTuple):
@@ -1431,29 +1602,104 @@ class _Outage(NamedTuple):
         return self.failed_at + min(wait_s, _CATALOG_LONGEST_RETRY_S)
 
 
+# Entries of the catalog (reference §11)
+
+
 def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
     """One entry of `GET /models` (reference §11); None without an id. Unknown keys are ignored."""
     model_id = entry.get("id")
     if not isinstance(model_id, str) or not model_id:
         return None
-    architecture = _mapping(entry.get("architecture"))
-    context = entry.get("context_length")
-    pricing = _mapping(entry.get("pricing"))
-    created = entry.get("created")
+    architecture, pricing = _mapping(entry.get("architecture")), _mapping(entry.get("pricing"))
+    outputs = frozenset(_strings(architecture.get("output_modalities")) or ("text",))
+    created, alias = entry.get("created"), _mapping(entry.get("alias_target"))
     parameters = frozenset(_strings(entry.get("supported_parameters")))
     return ModelSpec(
         id=model_id,
-        name=str(entry.get("name") or model_id),
-        context_length=context if isinstance(context, int) else None,
+        name=_text(entry.get("name")) or model_id,
+        context_length=_count(entry.get("context_length")),
         input_modalities=frozenset(_strings(architecture.get("input_modalities")) or ("text",)),
-        output_modalities=frozenset(_strings(architecture.get("output_modalities")) or ("text",)),
+        output_modalities=outputs,
         supported_parameters=parameters,
-        reasoning=isinstance(entry.get("reasoning"), Mapping) or "reasoning" in parameters,
-        price_in=_price(pricing.get("prompt")),
-        price_out=_price(pricing.get("completion")),
+        reasoning=_reasoning_spec(entry.get("reasoning"), parameters),
+        prices=_prices(pricing, is_for_text="text" in outputs or model_id.endswith(":free")),
+        overrides=tuple(map(_price_override, _objects(pricing.get("overrides")))),
+        max_output=_count(_mapping(entry.get("top_provider")).get("max_completion_tokens")),
         created=int(created) if _is_number(created) else 0,
-        expires=str(entry.get("expiration_date") or ""),
+        expires=_text(entry.get("expiration_date")),
+        description=_text(entry.get("description")),
+        canonical=_text(entry.get("canonical_slug")),
+        alias_of=_text(alias.get("slug")),
     )
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else ""
+
+
+def _count(value: Any) -> int | None:
+    """A limit in tokens; None for none, and for what cannot be one."""
+    return int(value) if _is_number(value) and value >= 1 else None
+
+
+def _reasoning_spec(value: Any, parameters: frozenset[str]) -> ReasoningSpec | None:
+    """`reasoning` of an entry: no list of efforts means no choice, null means all of them."""
+    if not isinstance(value, Mapping):
+        return ReasoningSpec() if "reasoning" in parameters else None
+    listed = value.get("supported_efforts", ())
+    efforts = tuple(map(str, listed)) if isinstance(listed, list | tuple) else None
+    return ReasoningSpec(
+        mandatory=value.get("mandatory") is True,
+        by_default=value.get("default_enabled") is True,
+        efforts=efforts,
+        default_effort=_text(value.get("default_effort")),
+        takes_budget=value.get("supports_max_tokens") is True,
+    )
+
+
+def _prices(pricing: Mapping[str, Any], *, is_for_text: bool = True) -> Mapping[str, float]:
+    """The prices that somebody knows; a model that only makes pictures has its own elsewhere, and 0 here."""
+    known = {name: price for name, text in pricing.items() if (price := _price(text)) is not None}
+    known.pop("discount", None)
+    if not is_for_text and not known.get("prompt") and not known.get("completion"):
+        known = {name: price for name, price in known.items() if name not in ("prompt", "completion")}
+    return known
+
+
+def _price(value: Any) -> float | None:
+    """US dollars, given as a string; None for none, and for the -1 of routers."""
+    try:
+        price = float(value)
+    except (TypeError, ValueError):
+        return None
+    return price if _is_number(price) and price >= 0 else None
+
+
+def _price_override(entry: Mapping[str, Any]) -> PriceOverride:
+    start, end = entry.get("utc_start"), entry.get("utc_end")
+    hours = (int(start), int(end)) if _is_number(start) and _is_number(end) else None
+    prices = {name: text for name, text in entry.items() if name not in _OVERRIDE_CONDITIONS}
+    return PriceOverride(_prices(prices), _count(entry.get("min_prompt_tokens")), hours)
+
+
+_OVERRIDE_CONDITIONS: Final = frozenset({"min_prompt_tokens", "utc_start", "utc_end"})
+
+
+def _read_models(entries: Any, zdr: frozenset[str] | None) -> dict[str, ModelSpec]:
+    """The models of a list that write text or pictures, by id; `zdr`: the ids that keep nothing."""
+    specs = [spec for spec in map(_model_spec, _objects(entries)) if spec is not None]
+    usable = {spec.id: spec for spec in specs if spec.writes_text or spec.writes_images}
+    return usable if zdr is None else _with_zdr(usable, zdr)
+
+
+def _with_zdr(models: Mapping[str, ModelSpec], zdr: frozenset[str]) -> dict[str, ModelSpec]:
+    return {
+        spec.id: spec._replace(zdr=not zdr.isdisjoint((spec.id, spec.canonical, spec.alias_of)))
+        for spec in models.values()
+    }
+
+
+# Ids
 
 
 def _parse_model_id(model_id: str) -> ModelRef:
@@ -1461,7 +1707,7 @@ def _parse_model_id(model_id: str) -> ModelRef:
 
     Variants such as `:free` are entries of the catalog and stay with the base; shortcuts may follow any id.
     """
-    model_id = model_id.strip()
+    model_id = _without_host_prefix(model_id.strip())
     base, _, preset = model_id.partition("@preset/")
     parts = base.split(":")
     kept = len(parts)
@@ -1475,17 +1721,149 @@ _ROUTING_SHORTCUTS: Final = frozenset({"nitro", "floor", "exacto", "online"})
 
 def _spec_of(models: Mapping[str, ModelSpec], ref: ModelRef) -> ModelSpec | None:
     """What the catalog says of a reference, under its own id; a variant that it lacks is as its base."""
-    known = models.get(ref.id) or models.get(ref.base) or models.get(ref.base.partition(":")[0])
+    plain = ref.base.partition(":")[0]
+    known = models.get(ref.id) or models.get(ref.base) or models.get(plain) or _dated(models, plain)
     return None if known is None else known._replace(id=ref.id)
 
 
-def _price(value: Any) -> float | None:
-    """US dollars per token, given as a string; None for none, and for the -1 of routers."""
-    try:
-        price = float(value)
-    except (TypeError, ValueError):
-        return None
-    return price if _is_number(price) and price >= 0 else None
+def _dated(models: Mapping[str, ModelSpec], slug: str) -> ModelSpec | None:
+    """The model whose permanent slug this is; its variants have the same."""
+    found = [spec for spec in models.values() if slug and spec.canonical == slug]
+    return min(found, key=lambda spec: len(spec.id), default=None)
+
+
+def _pick_model(models: Mapping[str, ModelSpec], model_id: str) -> ModelSpec:
+    """The model that an id means; what the catalog does not have takes everything.
+
+    Then nothing is left out, and OpenRouter says what it cannot take.
+    """
+    spec = models.get(model_id) or _spec_of(models, _parse_model_id(model_id))
+    return spec or ModelSpec(
+        model_id,
+        model_id,
+        input_modalities=frozenset({"text", "image"}),
+        supported_parameters=frozenset({"tools"}),
+        reasoning=ReasoningSpec(),
+        is_known=False,
+    )
+
+
+# What a model can take of a request: each gate changes the body and names what it took away
+_Gate = Callable[[JSONObject, ModelSpec], Iterable[str]]
+
+
+def _inject_model_capabilities(payload: JSONObject, spec: ModelSpec) -> tuple[JSONObject, tuple[str, ...]]:
+    """(a body for `/responses` that the model can take, the names of what was taken away or limited)."""
+    if not spec.is_known:
+        return payload, ()
+    fitted = dict(payload)
+    return fitted, tuple(name for gate in _CAPABILITY_GATES for name in gate(fitted, spec))
+
+
+def _fit_reasoning(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
+    """Only efforts that the model has; no other field of `reasoning` changes."""
+    wanted, how = payload.get("reasoning"), spec.reasoning
+    if wanted is None or "effort" not in wanted or how is None:
+        return ()
+    effort = wanted["effort"]
+    rest = {name: value for name, value in wanted.items() if name != "effort"}
+    fitted = _fit_effort(effort, how)
+    if fitted == {"enabled": False}:
+        payload["reasoning"] = fitted
+        payload.pop("include", None)
+        return ()
+    payload["reasoning"] = rest | fitted
+    return () if fitted.get("effort") == effort else (f"reasoning effort {effort}",)
+
+
+def _fit_effort(effort: str, how: ReasoningSpec) -> JSONObject:
+    """What asks for this effort, or for the nearest that there is, rather less than more."""
+    options = _EFFORTS if how.efforts is None else how.efforts
+    if effort not in _EFFORTS or (effort in options and not (effort == "none" and how.mandatory)):
+        return {"effort": effort}
+    if effort == "none" and not how.mandatory:
+        return {"enabled": False}
+    ranks = [_EFFORTS.index(option) for option in options if option in _EFFORTS[1:]]
+    if not ranks:
+        return {}
+    rank = _EFFORTS.index(effort)
+    nearest = max((other for other in ranks if other <= rank), default=min(ranks))
+    return {"effort": _EFFORTS[nearest]}
+
+
+_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+
+
+def _fit_output(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
+    """A limit below 1 means none, as Ollama has it; one above the model's own excludes its providers."""
+    wanted, limit = payload.get("max_output_tokens"), spec.max_output or spec.context_length
+    if wanted is None or (wanted >= 1 and (limit is None or wanted <= limit)):
+        return ()
+    if wanted < 1:
+        del payload["max_output_tokens"]
+    else:
+        payload["max_output_tokens"] = limit
+    return (f"max_output_tokens {wanted}",)
+
+
+def _fit_sampling(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
+    if not spec.supported_parameters:
+        return ()
+    foreign = [name for name in _SAMPLING if name in payload and name not in spec.supported_parameters]
+    for name in foreign:
+        del payload[name]
+    return foreign
+
+
+_SAMPLING: Final = (
+    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
+)
+
+
+def _fit_modalities(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
+    """Pictures come only when asked for; a router asked for them would leave out all other models."""
+    if spec.writes_images and not spec.is_router and "modalities" not in payload:
+        payload["modalities"] = ["image", "text"] if spec.writes_text else ["image"]
+    return ()
+
+
+_CAPABILITY_GATES: Final[tuple[_Gate, ...]] = (_fit_reasoning, _fit_output, _fit_sampling, _fit_modalities)
+
+
+# The catalog itself
+
+
+class CatalogCopies:
+    """The last lists, through restarts: files in a folder of the host's data. Without a folder, nowhere."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder
+
+    @property
+    def are_kept(self) -> bool:
+        """Whether there is a folder."""
+        return self._folder is not None
+
+    def load(self, name: str) -> Mapping[str, Any]:
+        """What was kept under `name`; empty where there is nothing that can be read."""
+        if self._folder is None:
+            return {}
+        try:
+            return _mapping(_json_loads((self._folder / name).read_bytes()))
+        except (OSError, ValueError):
+            return {}
+
+    def save(self, name: str, copy: JSONObject) -> None:
+        """Keep `copy`, whole or not at all; a folder that cannot be written costs only a log line."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            fresh = self._folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}"
+            fresh.write_bytes(_json_dumps(copy))
+            fresh.replace(self._folder / name)
+        except OSError as exc:
+            LOGGER.info("The model list could not be kept for the next start: %s", type(exc).__name__)
 
 
 _NO_LIST: Final = "OpenRouter's model list did not come in time"
@@ -1494,29 +1872,42 @@ _NO_LIST: Final = "OpenRouter's model list did not come in time"
 class OpenRouterModelRegistry:
     """The catalog of each connection: fetched when first asked for, renewed in the background.
 
-    `fetch` returns the JSON of `GET /models`; `clock` gives seconds that only grow.
+    `fetch` gives the answers of OpenRouter; `clock` seconds that only grow, `now` those of the epoch.
     """
 
-    def __init__(self, fetch: CatalogFetcher, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        fetch: CatalogFetcher,
+        clock: Callable[[], float],
+        copies: CatalogCopies | None = None,
+        now: Callable[[], float] = time.time,
+    ) -> None:
         self._fetch = fetch
         self._clock = clock
+        self._copies = copies or CatalogCopies()
+        self._now = now
         self._catalogs: dict[_CatalogKey, _Catalog] = {}
-        self._loading: dict[_CatalogKey, _Loading] = {}
-        self._outages: dict[_CatalogKey, _Outage] = {}
+        # A request with another key is another try: who mends a wrong key must not wait for it.
+        self._loading: dict[tuple[_CatalogKey, str], _Loading] = {}
+        self._outages: dict[tuple[_CatalogKey, str], _Outage] = {}
+        self._restoring: dict[_CatalogKey, asyncio.Task[None]] = {}
+        self._keeping: set[asyncio.Task[None]] = set()
+        self._told: set[tuple[str, str]] = set()
 
     async def ensure_loaded(
-        self, connection: Connection, refresh_s: float = _CATALOG_REFRESH_S
+        self, connection: Connection, choice: CatalogChoice = _PLAIN_CHOICE
     ) -> dict[str, ModelSpec]:
-        """The models by id. One older than `refresh_s` seconds serves until a new one has come.
+        """The models by id. An old list serves until a new one has come.
 
         Raises:
             PipeError: there is no catalog; it is asked for again 15 seconds later, then less and less often.
         """
-        key = (connection.base_url, hashlib.sha256(connection.key.encode()).hexdigest())
-        catalog = self._catalogs.get(key)
-        if catalog is not None and self._clock() - catalog.fetched_at < refresh_s:
+        digest = hashlib.sha256(connection.key.encode()).hexdigest()
+        key = (connection.base_url, choice.path, choice.zdr, digest if choice.account_only else "")
+        catalog = self._catalogs.get(key) or await self._restored(key)
+        if catalog is not None and self._clock() - catalog.fetched_at < choice.refresh_s:
             return catalog.models
-        loading = self._loading.get(key) or self._start_loading(key, connection)
+        loading = self._loading.get((key, digest)) or self._start_loading(key, digest, connection)
         if catalog is None and loading is not None:
             # Counted from its start: who comes later to a request that hangs does not wait anew.
             wait_s = loading.started_at + _CATALOG_WAIT_S - self._clock()
@@ -1524,58 +1915,211 @@ class OpenRouterModelRegistry:
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
-        outage = self._outages.get(key)
+        outage = self._outages.get((key, digest))
         raise outage.error if outage is not None else StreamError(_NO_LIST, template="catalog")
 
     async def get(
-        self, connection: Connection, model_id: str, refresh_s: float = _CATALOG_REFRESH_S
+        self, connection: Connection, model_id: str, choice: CatalogChoice = _PLAIN_CHOICE
     ) -> ModelSpec:
         """What is known of a model; one that takes everything where the catalog does not have it."""
-        with contextlib.suppress(PipeError):
-            spec = _spec_of(await self.ensure_loaded(connection, refresh_s), _parse_model_id(model_id))
-            if spec is not None:
-                return spec
-        # Nothing is known: send everything, and let OpenRouter say what it cannot take.
-        everything = frozenset({"text", "image"})
-        return ModelSpec(model_id, model_id, None, everything, supported_parameters=frozenset({"tools"}))
+        try:
+            models = await self.ensure_loaded(connection, choice)
+        except PipeError:
+            models = {}
+        return _pick_model(models, model_id)
+
+    def fit(self, payload: JSONObject, spec: ModelSpec) -> JSONObject:
+        """A body for `/responses` that the model can take; what it cannot is logged, once per model."""
+        fitted, taken = _inject_model_capabilities(payload, spec)
+        news = [name for name in taken if (spec.id, name) not in self._told]
+        if news:
+            LOGGER.info("%s does not take, so it is left out or limited: %s", spec.id, ", ".join(news))
+            self._told.update((spec.id, name) for name in news)
+        return fitted
 
     async def aclose(self) -> None:
         """End what is being fetched."""
-        tasks = [loading.task for loading in self._loading.values()]
+        loading = [loading.task for loading in self._loading.values()]
+        tasks = [*loading, *self._restoring.values(), *self._keeping]
         for task in tasks:
             task.cancel()
         if tasks:
             await asyncio.wait(tasks, timeout=_CLEANUP_S)
 
-    def _start_loading(self, key: _CatalogKey, connection: Connection) -> _Loading | None:
-        outage = self._outages.get(key)
+    async def _restored(self, key: _CatalogKey) -> _Catalog | None:
+        """The list of an earlier start; it is looked for once."""
+        if not self._copies.are_kept:
+            return None
+        task = self._restoring.get(key)
+        if task is None:
+            task = asyncio.get_running_loop().create_task(self._restore(key), name="kept model list")
+            self._restoring[key] = task
+        await asyncio.wait([task])
+        return self._catalogs.get(key)
+
+    async def _restore(self, key: _CatalogKey) -> None:
+        copy = await asyncio.to_thread(self._copies.load, _copy_name(key))
+        zdr = frozenset(_strings(copy.get("zdr"))) if key[2] else None
+        models = _read_models(copy.get("data"), zdr)
+        fetched_at = copy.get("fetched_at")
+        if models and key not in self._catalogs and _is_number(fetched_at):
+            age_s = max(0.0, self._now() - fetched_at)
+            self._catalogs[key] = _Catalog(models, self._clock() - age_s, _text(copy.get("etag")))
+
+    def _start_loading(self, key: _CatalogKey, digest: str, connection: Connection) -> _Loading | None:
+        asked = (key, digest)
+        outage = self._outages.get(asked)
         if outage is not None and self._clock() < outage.ends_at:
             return None
-        task = asyncio.get_running_loop().create_task(self._load(key, connection), name="model list")
-        self._loading[key] = _Loading(task, self._clock())
-        task.add_done_callback(lambda _: self._loading.pop(key, None))
-        return self._loading[key]
+        task = asyncio.get_running_loop().create_task(self._load(key, digest, connection), name="model list")
+        self._loading[asked] = _Loading(task, self._clock())
+        task.add_done_callback(lambda _: self._loading.pop(asked, None))
+        return self._loading[asked]
 
-    async def _load(self, key: _CatalogKey, connection: Connection) -> None:
+    async def _load(self, key: _CatalogKey, digest: str, connection: Connection) -> None:
+        asked = (key, digest)
         try:
             async with asyncio.timeout(_CATALOG_TIMEOUT_S):
-                answer = _mapping(await self._fetch(connection))
-            specs = [_model_spec(entry) for entry in _objects(answer.get("data"))]
-            models = {spec.id: spec for spec in specs if spec is not None}
-            if not models:
-                raise OpenRouterAPIError(
-                    "OpenRouter's model list is empty", template="catalog", retryable=True
-                )
+                await self._renew(key, connection)
         except (PipeError, TimeoutError) as exc:
             error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
-            outage = self._outages.get(key)
+            outage = self._outages.get(asked)
             if outage is None:  # one warning for an outage, however long it is
                 LOGGER.warning("The model list could not be loaded: %s", error.detail)
-            self._outages[key] = _Outage(error, self._clock(), 1 + (outage.times if outage else 0))
+            self._outages[asked] = _Outage(error, self._clock(), 1 + (outage.times if outage else 0))
         else:
-            if self._outages.pop(key, None) is not None:
+            if self._outages.pop(asked, None) is not None:
                 LOGGER.info("The model list is there again")
-            self._catalogs[key] = _Catalog(models, self._clock())
+        _drop_oldest(self._catalogs, _MAX_CATALOGS)
+        _drop_oldest(self._outages, _MAX_CATALOGS)
+
+    async def _renew(self, key: _CatalogKey, connection: Connection) -> None:
+        """Fetch the list; one that says the same as the old one leaves its models the same objects.
+
+        Raises:
+            PipeError: it could not be had, or names no model that could answer.
+        """
+        _, path, with_zdr, _ = key
+        old = self._catalogs.get(key)
+        answer = await self._fetch(connection, path, old.etag if old else "")
+        zdr = _zdr_ids((await self._fetch(connection, _ZDR_PATH, "")).content) if with_zdr else None
+        if answer.content is None and old is not None:
+            models = old.models if zdr is None else _with_zdr(old.models, zdr)
+        else:
+            models = _read_models(_mapping(answer.content).get("data"), zdr)
+        if not models:
+            raise OpenRouterAPIError("OpenRouter's model list is empty", template="catalog", retryable=True)
+        if old is not None and models == old.models:
+            models = old.models
+        self._catalogs[key] = _Catalog(models, self._clock(), answer.etag)
+        self._keep(key, answer, models, zdr)
+
+    def _keep(
+        self, key: _CatalogKey, answer: Fetched, models: Mapping[str, ModelSpec], zdr: frozenset[str] | None
+    ) -> None:
+        """Write the copy for the next start, while nobody waits for it."""
+        entries = _objects(_mapping(answer.content).get("data"))
+        if not entries or not self._copies.are_kept:
+            return
+        copy = {
+            "fetched_at": self._now(),
+            "etag": answer.etag,
+            "data": [entry for entry in entries if entry.get("id") in models],
+            "zdr": None if zdr is None else sorted(zdr),
+        }
+        writing = asyncio.to_thread(self._copies.save, _copy_name(key), copy)
+        task = asyncio.get_running_loop().create_task(writing, name="keep model list")
+        self._keeping.add(task)
+        task.add_done_callback(self._keeping.discard)
+
+
+_ZDR_PATH: Final = "/endpoints/zdr"
+
+
+def _zdr_ids(answer: Any) -> frozenset[str]:
+    """The ids of the models that an endpoint without data retention serves (reference §1).
+
+    Raises:
+        OpenRouterAPIError: the list names none; then every model would vanish without a word.
+    """
+    ids = frozenset(_text(entry.get("model_id")) for entry in _objects(_mapping(answer).get("data"))) - {""}
+    if not ids:
+        raise OpenRouterAPIError(
+            "OpenRouter's list of providers without data retention is empty",
+            template="catalog",
+            retryable=True,
+        )
+    return ids
+
+
+def _copy_name(key: _CatalogKey) -> str:
+    return f"models-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+
+
+# What an account may still spend
+
+
+class Balance(NamedTuple):
+    """In US dollars; None where OpenRouter does not say, or the key knows no limit."""
+
+    key_left: float | None = None
+    key_limit: float | None = None
+    resets: str = ""
+    credit: float | None = None
+
+    def words(self) -> str:
+        """One sentence for whoever may know; empty where nothing is known."""
+        facts = []
+        if self.key_left is not None:
+            limit = f" of {_dollars(self.key_limit)}" if self.key_limit else ""
+            facts.append(f"the key may still spend {_dollars(self.key_left)}{limit}{self._period()}")
+        if self.credit is not None:
+            facts.append(f"the account has {_dollars(self.credit)} left")
+        sentence = ", ".join(facts)
+        return sentence[:1].upper() + sentence[1:] + "." if sentence else ""
+
+    def _period(self) -> str:
+        return f" ({self.resets})" if self.resets else ""
+
+
+class AccountReader:
+    """What OpenRouter says of a key (`/key`, `/credits`; reference §11), kept for a minute."""
+
+    def __init__(self, fetch: CatalogFetcher, clock: Callable[[], float]) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self._kept: dict[str, tuple[float, Balance]] = {}
+
+    async def balance(self, connection: Connection) -> Balance:
+        """What may still be spent; never a failure, within 3 seconds."""
+        digest = hashlib.sha256(f"{connection.base_url} {connection.key}".encode()).hexdigest()
+        asked_at, balance = self._kept.get(digest, (-math.inf, Balance()))
+        if self._clock() - asked_at < _BALANCE_S:
+            return balance
+        key, credits = await asyncio.gather(
+            self._data(connection, "/key"), self._data(connection, "/credits")
+        )
+        bought, used = credits.get("total_credits"), credits.get("total_usage")
+        balance = Balance(
+            key_left=_amount(key.get("limit_remaining")),
+            key_limit=_amount(key.get("limit")),
+            resets=_text(key.get("limit_reset")),
+            credit=max(0.0, bought - used) if _is_number(bought) and _is_number(used) else None,
+        )
+        self._kept[digest] = (self._clock(), balance)
+        _drop_oldest(self._kept, _MAX_CATALOGS)
+        return balance
+
+    async def _data(self, connection: Connection, path: str) -> Mapping[str, Any]:
+        """`data` of an answer; empty where it cannot be had: `/credits` may need a management key."""
+        with contextlib.suppress(PipeError, TimeoutError):
+            async with asyncio.timeout(_BALANCE_WAIT_S):
+                return _mapping(_mapping((await self._fetch(connection, path, "")).content).get("data"))
+        return {}
+
+
+def _amount(value: Any) -> float | None:
+    return max(0.0, float(value)) if _is_number(value) else None
 
 
 # The menu: each filter says whether a model stays, with the valves and the date of today (YYYY-MM-DD)
@@ -1619,11 +2163,12 @@ def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
 
 
 _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
-    lambda spec, valves, today: spec.writes_text,
+    lambda spec, valves, today: spec.writes_text or spec.writes_images,
     _is_named,
     _is_not_excluded,
     lambda spec, valves, today: _fits_choice(spec.is_free, valves.FREE_MODEL_FILTER),
     lambda spec, valves, today: _fits_choice(spec.takes_tools, valves.TOOL_CALLING_FILTER),
+    lambda spec, valves, today: spec.zdr or not valves.ZDR_MODELS_ONLY,
     _is_large_enough,
     _is_cheap_enough,
     _stays,
@@ -1638,8 +2183,8 @@ _MENU_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
 }
 
 
-def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[dict[str, str]]:
-    """The entries of Open WebUI's model menu, `{id, name}`, as the valves choose, order and name them.
+def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[ModelSpec]:
+    """The models of Open WebUI's menu, as the valves choose, order and name them.
 
     Raises:
         ConfigurationError: no model is left.
@@ -1653,13 +2198,18 @@ def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[d
         )
     order = _MENU_ORDERS[valves.MODEL_SORT]
     shown.sort(key=lambda spec: (order(spec), spec.name.lower(), spec.id))
-    return [{"id": spec.id, "name": _menu_name(spec, valves.MODEL_NAME_FORMAT)} for spec in shown]
+    return [spec._replace(name=_menu_name(spec, valves.MODEL_NAME_FORMAT)) for spec in shown]
+
+
+def _menu_entries(shown: Iterable[ModelSpec]) -> list[dict[str, str]]:
+    """What `pipes()` returns."""
+    return [{"id": spec.id, "name": spec.name} for spec in shown]
 
 
 def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str]) -> list[ModelSpec]:
     """The entries that an administrator adds by name; no filter applies to them."""
     extra: dict[str, ModelSpec] = {}
-    for ref in map(_parse_model_id, filter(None, (text.strip() for text in listed.split(",")))):
+    for ref in map(_parse_model_id, _listed(listed)):
         spec = _spec_of(models, ref) if ref.base else ModelSpec(ref.id, "OpenRouter")
         if spec is not None and ref.id not in known:
             extra[ref.id] = spec._replace(name=f"{spec.name} ({ref.remark})" if ref.remark else spec.name)
@@ -1668,11 +2218,10 @@ def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str])
 
 def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
     """What `MODEL_ID` and `VARIANT_MODELS` name and the catalog does not have."""
-    names = [name.strip() for name in valves.MODEL_ID.split(",")]
-    refs = [_parse_model_id(text) for text in valves.VARIANT_MODELS.split(",")]
+    refs = map(_parse_model_id, _listed(valves.VARIANT_MODELS))
     unmatched = [ref.id for ref in refs if ref.base and _spec_of(models, ref) is None]
-    for name in names:
-        if name and name.lower() != "auto" and not any(_matches_any(model_id, name) for model_id in models):
+    for name in _listed(valves.MODEL_ID):
+        if name.lower() != "auto" and not any(_matches_any(model_id, name) for model_id in models):
             unmatched.append(name)
     return unmatched
 
@@ -1777,11 +2326,13 @@ class ResponsesBody(NamedTuple):
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
         if history.instructions:
             payload["instructions"] = history.instructions
-        if spec.reasoning:
+        if spec.reasons:
             payload["include"] = ["reasoning.encrypted_content"]
             payload["reasoning"] = {"summary": "auto"}
         parameters = dict(body.parameters)
-        tools = _to_response_tools(body.tools) if offer_tools and spec.takes_tools else []
+        tools = _to_response_tools(body.tools) if offer_tools else []
+        if tools and not spec.takes_tools:
+            history.left_out["tool"], tools = len(tools), []
         if tools:
             payload["tools"] = tools
         else:
@@ -1803,6 +2354,7 @@ _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
     "unreadable picture": ("a picture that could not be read", "{} pictures that could not be read"),
     "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
     "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
+    "tool": None,  # said where it is known whether somebody chose them
     "unanswered call": None,
     "output without call": None,
 }
@@ -2059,7 +2611,7 @@ def _set_parameters(payload: JSONObject, parameters: Mapping[str, Any], spec: Mo
     """Put the chat's parameters where `/responses` wants them (reference §3); None is not sent."""
     for name, (path, convert) in _PARAMETERS.items():
         value = parameters.get(name)
-        if value is None or (path[0] == "reasoning" and not spec.reasoning):
+        if value is None or (path[0] == "reasoning" and not spec.reasons):
             continue
         target = payload
         for step in path[:-1]:
@@ -2095,7 +2647,10 @@ _CHAT_ONLY_PARAMETERS: Final = (
     "logprobs",
     "top_logprobs",
 )
-_SHARED_PARAMETERS: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty")
+_SHARED_PARAMETERS: Final = (
+    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty"),
+    *("parallel_tool_calls", "modalities"),
+)
 
 
 def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObject:
@@ -2112,7 +2667,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
             add(messages, item)
     body: JSONObject = {"model": payload["model"], "messages": messages, "stream": True}
     body["stream_options"] = {"include_usage": True}  # OpenRouter needs no asking, proxies do
-    body |= {name: payload[name] for name in (*_SHARED_PARAMETERS, "parallel_tool_calls") if name in payload}
+    body |= {name: payload[name] for name in _SHARED_PARAMETERS if name in payload}
     body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
     if "max_output_tokens" in payload:
         body["max_completion_tokens"] = payload["max_output_tokens"]
@@ -3263,16 +3818,20 @@ class OpenRouterClient:
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
 
-    async def get_json(self, connection: Connection, path: str) -> Any:
-        """The decoded answer of `GET path`.
+    async def get_json(self, connection: Connection, path: str, etag: str = "") -> Fetched:
+        """The decoded answer of `GET path`, without content if it is still what `etag` stands for.
 
         Raises:
             PipeError: it could not be reached, refused, or sent no JSON.
         """
-        async with self._request("GET", connection, path, None) as response:
+        known = {"If-None-Match": etag} if etag else {}
+        async with self._request("GET", connection, path, None, known) as response:
+            if response.status == _NOT_MODIFIED:
+                return Fetched(None, etag)
             content = await self._read(response, _MAX_JSON_BYTES)
+            fresh = response.headers.get("ETag", "")
         try:
-            return _json_loads(content)
+            return Fetched(_json_loads(content), fresh)
         except ValueError:
             raise OpenRouterAPIError("The answer is not JSON", retryable=True) from None
 
@@ -3305,12 +3864,17 @@ class OpenRouterClient:
 
     @contextlib.asynccontextmanager
     async def _request(
-        self, method: str, connection: Connection, path: str, payload: JSONObject | None
+        self,
+        method: str,
+        connection: Connection,
+        path: str,
+        payload: JSONObject | None,
+        more_headers: Mapping[str, str] = types.MappingProxyType({}),
     ) -> AsyncGenerator[aiohttp.ClientResponse, None]:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=connection.connect_timeout_s, sock_read=connection.idle_timeout_s
         )
-        headers = {"Authorization": f"Bearer {connection.key}", **dict(connection.headers)}
+        headers = {"Authorization": f"Bearer {connection.key}", **dict(connection.headers), **more_headers}
         if payload is not None:
             headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
             # A compressing proxy would hold events back.
@@ -4289,15 +4853,6 @@ def _in_brackets(count: Any, what: str) -> str:
     return f" ({count:,} {what})" if _is_number(count) and count else ""
 
 
-def _dollars(cost: float) -> str:
-    """A price with two significant digits below ten cents, cents above: `$0.00023`, `$1.20`."""
-    if not cost > 1e-12:
-        return "$0"
-    decimals = max(2, 1 - math.floor(math.log10(cost)))
-    text = f"{cost:.{decimals}f}"
-    return "$" + text[: len(text) - decimals + 2] + text[len(text) - decimals + 2 :].rstrip("0")
-
-
 # ── 14. Media intake ─────────────────────────────────────────────────────────
 # (empty)
 # Will hold: downloads that cannot be turned inward, and references to media made into blobs.
@@ -4723,12 +5278,14 @@ class TurnLoop:
     def __init__(
         self,
         registry: OpenRouterModelRegistry,
+        account: AccountReader,
         engine: StreamingEngine,
         host: OpenWebUIHost,
         env: HostEnvironment,
         clock: Callable[[], float],
     ) -> None:
         self._registry = registry
+        self._account = account
         self._engine = engine
         self._host = host
         self._env = env
@@ -4751,8 +5308,15 @@ class TurnLoop:
         except PipeError as exc:
             error = exc
         if error is not None:
+            await self._add_hint(error, job)
             await job.emitter.send((Failed(error),))
         self._log(job, self._clock() - started, error)
+
+    async def _add_hint(self, error: PipeError, job: _PipeJob) -> None:
+        """How much is left, where that is what is missing, for those who may know it."""
+        own_key = job.valves.ALLOW_USER_API_KEYS and getattr(job.request.user_valves, "API_KEY", "")
+        if error.template == "credits" and (own_key or job.request.is_admin):
+            error.hint = (await self._account.balance(_connection(job.valves, self._env))).words()
 
     async def _spent_before(self, request: ChatRequest) -> float:
         """US dollars of the chat's earlier answers; the first of a chat need not ask."""
@@ -4770,16 +5334,17 @@ class TurnLoop:
                 "This entry only says what is missing. Please choose a model, or reload the page."
             )
         body = CompletionsBody.parse(request.body)
-        refresh_s = float(job.valves.MODEL_CATALOG_REFRESH_SECONDS)
-        spec = await self._registry.get(connection, request.model, refresh_s)
+        spec = await self._registry.get(connection, request.model, CatalogChoice.of(job.valves))
         translated = ResponsesBody.from_completions(
             body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
         if translated.left_out:
             LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
         await job.emitter.send([Notice(text) for text in translated.notices])
+        if "tool" in translated.left_out and request.chose_tools:
+            await job.emitter.send((Notice(_TOOLS_LEFT_OUT),))
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
-        upstream = _upstream_request(translated.payload, body, job.valves)
+        upstream = _upstream_request(self._registry.fit(translated.payload, spec), body, job.valves)
         limits = QueueLimits(
             job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
             job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
@@ -4813,6 +5378,8 @@ def _upstream_request(payload: JSONObject, body: CompletionsBody, valves: Valves
     return UpstreamRequest(payload, RESPONSES, chat_body)
 
 
+# Those that the host offers with every chat are not missed; those that a person has chosen are.
+_TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.
 _DIALECTS_WITH_EVENTS: Final = frozenset({"browser", "browser_json"})
 # Where somebody runs the calls: the host after a streamed answer, or the API client itself.
@@ -4842,16 +5409,19 @@ class Runtime:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.retired = False
         self.last_menu: list[dict[str, str]] = []
+        self._shown: list[ModelSpec] = []
         self._menu_catalog: Mapping[str, ModelSpec] | None = None  # what the last menu was made of
         self._menu_choice: tuple[Any, ...] = ()
         self._named_unmatched = ""
         self._env = env
         self._clock = clock
         self._client = OpenRouterClient()
-        self._registry = OpenRouterModelRegistry(self._fetch_catalog, clock)
-        engine = StreamingEngine(self._client, sleep)
         self.host = OpenWebUIHost()
-        self._turns = TurnLoop(self._registry, engine, self.host, env, clock)
+        copies = CatalogCopies(self.host.data_folder())
+        self._registry = OpenRouterModelRegistry(self._client.get_json, clock, copies)
+        account = AccountReader(self._client.get_json, clock)
+        engine = StreamingEngine(self._client, sleep)
+        self._turns = TurnLoop(self._registry, account, engine, self.host, env, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -4874,15 +5444,16 @@ class Runtime:
         Raises:
             PipeError: there is no key or no catalog.
         """
-        refresh_s = float(valves.MODEL_CATALOG_REFRESH_SECONDS)
-        models = await self._registry.ensure_loaded(_connection(valves, self._env), refresh_s)
+        choice = CatalogChoice.of(valves)
+        models = await self._registry.ensure_loaded(_connection(valves, self._env), choice)
         today = time.strftime("%Y-%m-%d")
-        choice = (today, *(getattr(valves, name) for name in _ModelValves.__annotations__))
-        if models is not self._menu_catalog or choice != self._menu_choice:
+        made_of = (today, *(getattr(valves, name) for name in _ModelValves.__annotations__))
+        if models is not self._menu_catalog or made_of != self._menu_choice:
             self._warn_unmatched(models, valves)
             self.last_menu = []  # filters that leave nothing must not leave what was there before
-            self.last_menu = _menu(models, valves, today)
-            self._menu_catalog, self._menu_choice = models, choice
+            self._shown = _menu(models, valves, today)
+            self.last_menu = _menu_entries(self._shown)
+            self._menu_catalog, self._menu_choice = models, made_of
         return self.last_menu
 
     def _warn_unmatched(self, models: Mapping[str, ModelSpec], valves: Valves) -> None:
@@ -4989,9 +5560,6 @@ class Runtime:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
         await self._registry.aclose()
         await self._client.aclose()
-
-    async def _fetch_catalog(self, connection: Connection) -> Any:
-        return await self._client.get_json(connection, "/models")
 
 
 def _live_runtimes() -> weakref.WeakValueDictionary[str, Any]:
@@ -5101,6 +5669,7 @@ def _capture(
         message_id=message_id,
         user_id=str(user.get("id") or ""),
         is_admin=user.get("role") == "admin",
+        chose_tools=bool(metadata.get("tool_ids") or metadata.get("tool_servers")),
         user_valves=user.get("valves"),
         event_emitter=emitter,
     )

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from openrouter_responses_pipe.openrouter_responses_pipe import Connection, Pipe
-from openrouter_responses_pipe.simulator import RecordedRequest, Simulator
+from openrouter_responses_pipe.simulator import CATALOG, RecordedRequest, Simulator
 
 Json = dict[str, Any]
 KEY: Final = "sk-or-v1-key-of-the-administrator"
@@ -37,6 +37,12 @@ DIALECTS: Final[dict[str, tuple[bool, bool, str | None]]] = {
     "api_json": (False, False, None),
     "task": (False, True, "title_generation"),
     "task_stream": (True, True, "moa_response_generation"),
+}
+# the menu that the simulator's catalog makes: id -> name
+MENU: Final[dict[str, str]] = {
+    row["id"]: row["name"]
+    for row in CATALOG
+    if {"text", "image"} & set(row["architecture"]["output_modalities"])
 }
 STREAMING: Final = [name for name, (streams, _, _) in DIALECTS.items() if streams]
 

@@ -69,7 +69,7 @@ PENDING: Final = words(
     ArtifactPayload _QueuedToolCall _ToolExecutionContext _is_safe_url _validate_base64_size
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment _inline_internal_file_url ModelFamily
-    _pick_model _inject_model_capabilities _to_input_file _to_input_audio _to_input_video
+    _to_input_file _to_input_audio _to_input_video
     _strictify_schema _get_chat_context _emit_tool_prompt SafeFetcher MediaIntake
     ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics

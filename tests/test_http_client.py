@@ -92,7 +92,7 @@ async def test_a_stream_is_asked_for_with_these_headers(client: OpenRouterClient
 
 async def test_a_read_carries_the_key_and_no_content_type(client: OpenRouterClient) -> None:
     async with Simulator(keep_keys=True) as simulator:
-        assert "data" in await client.get_json(connection_to(simulator.base_url), "/models")
+        assert "data" in (await client.get_json(connection_to(simulator.base_url), "/models")).content
     sent = simulator.requests[0].headers
     assert sent["authorization"] == f"Bearer {KEY}"
     assert "content-type" not in sent
@@ -170,7 +170,8 @@ async def test_a_proxy_of_the_environment_is_used(
     async with hostile(proxy) as url:
         monkeypatch.setenv("http_proxy", url.removesuffix("/api/v1"))
         monkeypatch.setenv("no_proxy", "localhost,.internal.example")
-        assert await client.get_json(connection_to("http://far.example/api/v1"), "/models") == {}
+        answer = await client.get_json(connection_to("http://far.example/api/v1"), "/models")
+        assert answer.content == {}
     assert asked == ["GET http://far.example/api/v1/models HTTP/1.1"]
     error = await failure(client, connection_to(f"http://localhost:{free_port()}/api/v1"))
     assert "refused" in error.detail

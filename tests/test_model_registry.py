@@ -12,8 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
+    CatalogChoice,
     ConfigurationError,
     Connection,
+    Fetched,
     ModelRef,
     ModelSpec,
     OpenRouterAPIError,
@@ -22,6 +24,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     StreamError,
     Valves,
     _menu,
+    _menu_entries,
     _model_spec,
     _parse_model_id,
     _setup_entry,
@@ -42,6 +45,8 @@ ONE: Final[Json] = {"data": [{"id": "a/one", "name": "One"}]}
 TWO: Final[Json] = {"data": [{"id": "a/one", "name": "One"}, {"id": "a/two", "name": "Two"}]}
 DOWN: Final = StreamError("down", template="network", retryable=True)
 HERE: Final = Connection("https://openrouter.ai/api/v1", "key")
+OTHER_KEY: Final = HERE._replace(key="another key")
+ACCOUNT: Final = CatalogChoice(account_only=True)
 
 
 class Catalogs:
@@ -51,14 +56,14 @@ class Catalogs:
         self.answers = list(answers)
         self.asked: list[Connection] = []
 
-    async def __call__(self, connection: Connection) -> Any:
+    async def __call__(self, connection: Connection, path: str, etag: str) -> Fetched:
         """Answer or fail."""
         self.asked.append(connection)
         answer = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         await asyncio.sleep(0)
         if isinstance(answer, Exception):
             raise answer
-        return answer
+        return answer if isinstance(answer, Fetched) else Fetched(answer)
 
 
 def registry_of(*answers: Any) -> tuple[OpenRouterModelRegistry, Catalogs, Clock]:
@@ -79,7 +84,7 @@ def test_every_entry_of_the_catalog_is_read(model_id: str) -> None:
     assert spec.takes_images == ("image" in entry["architecture"]["input_modalities"])
     parameters = entry.get("supported_parameters") or []
     assert spec.takes_tools == ("tools" in parameters)
-    assert spec.reasoning == (bool(entry.get("reasoning")) or "reasoning" in parameters)
+    assert spec.reasons == (bool(entry.get("reasoning")) or "reasoning" in parameters)
 
 
 @pytest.mark.parametrize("entry", [{}, {"id": ""}, {"id": None}, {"id": 5}, {"name": "nameless"}])
@@ -128,15 +133,15 @@ def test_any_entry_can_be_read(entry: Json) -> None:
 
 def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
     models = {model_id: spec for model_id, spec in SPECS.items() if spec is not None}
-    menu = _menu(models, Valves(), TODAY)
+    menu = _menu_entries(_menu(models, Valves(), TODAY))
     ids = [row["id"] for row in menu]
     assert set(ids) == {
         model_id
         for model_id, entry in ENTRIES.items()
-        if "text" in entry["architecture"]["output_modalities"]
+        if {"text", "image"} & set(entry["architecture"]["output_modalities"])
     }
     assert "openai/text-embedding-3-small" not in ids
-    assert "black-forest-labs/flux.2-pro" not in ids
+    assert "black-forest-labs/flux.2-pro" in ids
     assert "~anthropic/claude-sonnet-latest" in ids
     names = [row["name"] for row in menu]
     assert names == sorted(names, key=str.lower)
@@ -144,7 +149,10 @@ def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
 
 
 def spec(model_id: str, name: str = "", **known: Any) -> ModelSpec:
-    return ModelSpec(model_id, name or model_id, **known)
+    """A model; prices as `price_in` and `price_out`, in dollars per token."""
+    named = {"prompt": known.pop("price_in", None), "completion": known.pop("price_out", None)}
+    prices = {name: price for name, price in named.items() if price is not None}
+    return ModelSpec(model_id, name or model_id, prices=prices, **known)
 
 
 TOOLS: Final = frozenset({"tools"})
@@ -156,7 +164,7 @@ SHELF: Final = {
         spec("zeta/gift:free", "Zeta: Gift (free)", price_in=0.0, price_out=0.0, supported_parameters=TOOLS),
         spec("zeta/old", "Zeta: Old", price_in=1e-6, price_out=1e-6, expires="2026-08-31", created=10),
         spec("openrouter/auto", "Auto Router", context_length=2_000_000, created=40),
-        spec("zeta/painter", "Zeta: Painter", output_modalities=frozenset({"image"})),
+        spec("zeta/speaker", "Zeta: Speaker", output_modalities=frozenset({"speech"})),
     )
 }
 
@@ -166,7 +174,7 @@ def with_valves(**valves: Any) -> Valves:
 
 
 def listed(**valves: Any) -> list[dict[str, str]]:
-    return _menu(SHELF, with_valves(**valves), TODAY)
+    return _menu_entries(_menu(SHELF, with_valves(**valves), TODAY))
 
 
 def listed_with(extra: list[str]) -> list[dict[str, str]]:
@@ -256,7 +264,7 @@ def test_ids_that_the_catalog_does_not_have(globs: str, names: list[str]) -> Non
 def test_entries_that_the_administrator_adds(listed: str, names: dict[str, str]) -> None:
     """They are there although a filter leaves all others out."""
     menu = _menu({**SHELF}, with_valves(MODEL_ID="zeta/old", VARIANT_MODELS=listed), TODAY)
-    assert {row["id"]: row["name"] for row in menu} == {"zeta/old": "Zeta: Old", **names}
+    assert {spec.id: spec.name for spec in menu} == {"zeta/old": "Zeta: Old", **names}
     assert _unmatched(SHELF, with_valves(VARIANT_MODELS=listed)) == [
         ref for ref in ("nobody/x:nitro",) if ref in listed
     ]
@@ -355,6 +363,8 @@ def test_prices_dates_and_ages_of_the_recorded_catalog() -> None:
         found, pricing = SPECS[model_id], entry["pricing"]
         assert found is not None
         wanted = [float(pricing[key]) for key in ("prompt", "completion")]
+        if not found.writes_text and wanted == [0, 0]:
+            wanted = [-1.0, -1.0]  # pictures are paid for, at a price that stands elsewhere
         assert [found.price_in, found.price_out] == [None if price < 0 else price for price in wanted]
         assert found.created == entry["created"]
         assert found.expires == (entry.get("expiration_date") or "")
@@ -462,13 +472,13 @@ async def test_an_hour_without_the_catalog_is_told_once_and_asked_for_seldom(
 @pytest.mark.parametrize("refresh_s", [60.0, 86_400.0])
 async def test_the_valve_says_how_long_it_is_fresh(refresh_s: float) -> None:
     registry, fetch, clock = registry_of(ONE, TWO)
-    await registry.ensure_loaded(HERE, refresh_s)
+    await registry.ensure_loaded(HERE, CatalogChoice(refresh_s))
     clock.now += refresh_s - 1
-    await registry.get(HERE, "a/one", refresh_s)
+    await registry.get(HERE, "a/one", CatalogChoice(refresh_s))
     await settle()
     assert len(fetch.asked) == 1
     clock.now += 1
-    await registry.get(HERE, "a/one", refresh_s)
+    await registry.get(HERE, "a/one", CatalogChoice(refresh_s))
     await settle()
     assert len(fetch.asked) == 2
 
@@ -502,16 +512,31 @@ async def test_an_empty_catalog_does_not_replace_a_full_one() -> None:
         await settle()
 
 
-async def test_each_key_and_address_has_its_own_catalog() -> None:
-    registry, fetch, _ = registry_of(ONE, TWO, DOWN)
-    other_key = Connection(HERE.base_url, "another key")
+async def test_keys_share_a_catalog_and_addresses_do_not() -> None:
+    registry, fetch, _ = registry_of(ONE, DOWN)
     other_address = Connection("https://proxy.example/v1", HERE.key)
     assert len(await registry.ensure_loaded(HERE)) == 1
-    assert len(await registry.ensure_loaded(other_key)) == 2
+    assert len(await registry.ensure_loaded(OTHER_KEY)) == 1
     with pytest.raises(PipeError):
         await registry.ensure_loaded(other_address)
     assert len(await registry.ensure_loaded(HERE)) == 1
-    assert fetch.asked == [HERE, other_key, other_address]
+    assert fetch.asked == [HERE, other_address]
+
+
+async def test_what_an_account_allows_is_known_of_each_key() -> None:
+    registry, fetch, _ = registry_of(ONE, TWO)
+    assert len(await registry.ensure_loaded(HERE, ACCOUNT)) == 1
+    assert len(await registry.ensure_loaded(OTHER_KEY, ACCOUNT)) == 2
+    assert len(await registry.ensure_loaded(HERE, ACCOUNT)) == 1
+    assert fetch.asked == [HERE, OTHER_KEY]
+
+
+async def test_a_key_that_is_mended_does_not_wait_for_the_wrong_one() -> None:
+    registry, _, _ = registry_of(OpenRouterAPIError("No auth", template="authentication"), ONE)
+    with pytest.raises(OpenRouterAPIError):
+        await registry.ensure_loaded(OTHER_KEY)
+    assert list(await registry.ensure_loaded(HERE)) == ["a/one"]
+    assert list(await registry.ensure_loaded(OTHER_KEY)) == ["a/one"]
 
 
 class SlowCatalog(Catalogs):
@@ -522,14 +547,14 @@ class SlowCatalog(Catalogs):
         self.let_go = asyncio.Event()
         self.given_up = False
 
-    async def __call__(self, connection: Connection) -> Any:
+    async def __call__(self, connection: Connection, path: str, etag: str) -> Fetched:
         """Answer in the end."""
         try:
             await self.let_go.wait()
         except asyncio.CancelledError:
             self.given_up = True
             raise
-        return await super().__call__(connection)
+        return await super().__call__(connection, path, etag)
 
 
 async def test_who_asks_first_and_goes_away_hinders_nobody() -> None:

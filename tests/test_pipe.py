@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 
 from openrouter_responses_pipe.openrouter_responses_pipe import Pipe, UserValves
-from openrouter_responses_pipe.simulator import CATALOG, Simulator
+from openrouter_responses_pipe.simulator import Simulator
 from tests.support import (
     DIALECTS,
     KEY,
+    MENU,
     MODEL,
     PATIENCE_S,
     STREAMING,
@@ -52,9 +53,8 @@ def a_server(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_the_menu_is_the_catalog(pipe: Pipe) -> None:
     menu = await pipe.pipes()
-    names = {row["id"]: row["name"] for row in CATALOG if "text" in row["architecture"]["output_modalities"]}
-    assert {entry["id"]: entry["name"] for entry in menu} == names
-    assert [entry["name"].lower() for entry in menu] == sorted(name.lower() for name in names.values())
+    assert {entry["id"]: entry["name"] for entry in menu} == MENU
+    assert [entry["name"].lower() for entry in menu] == sorted(name.lower() for name in MENU.values())
 
 
 async def test_the_menu_follows_the_valves_at_once(simulator: Simulator) -> None:

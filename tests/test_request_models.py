@@ -21,6 +21,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     CompletionsBody,
     InputError,
     ModelSpec,
+    ReasoningSpec,
     ResponsesBody,
 )
 
@@ -29,7 +30,9 @@ DATA: Final = Path(__file__).parent / "data" / "openrouter"
 PLAIN: Final = ModelSpec("openai/gpt-4o-mini", "GPT-4o mini", supported_parameters=frozenset({"tools"}))
 TEXT_ONLY: Final = ModelSpec("a/text", "Text")
 SEEING: Final = ModelSpec("a/eyes", "Eyes", input_modalities=frozenset({"text", "image"}))
-THINKING: Final = ModelSpec("a/mind", "Mind", supported_parameters=frozenset({"tools"}), reasoning=True)
+THINKING: Final = ModelSpec(
+    "a/mind", "Mind", supported_parameters=frozenset({"tools"}), reasoning=ReasoningSpec()
+)
 PNG: Final = "data:image/png;base64,iVBORw0KGgo="
 
 

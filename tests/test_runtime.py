@@ -21,11 +21,12 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Runtime,
     Valves,
 )
-from openrouter_responses_pipe.simulator import CATALOG, Simulator
+from openrouter_responses_pipe.simulator import Simulator
 from tests.bench.hosting import Loaded, forget, load, publish
 from tests.support import (
     DIALECTS,
     KEY,
+    MENU,
     MODEL,
     PATIENCE_S,
     SOON_S,
@@ -579,12 +580,8 @@ def test_two_event_loops_one_after_the_other(tidy: bool, monkeypatch: pytest.Mon
         await pipe.aclose()
         return result
 
-    assert asyncio.run(once()) == asyncio.run(last()) == (_menu_size(), "fine")
+    assert asyncio.run(once()) == asyncio.run(last()) == (len(MENU), "fine")
     gc.collect()
-
-
-def _menu_size() -> int:
-    return sum("text" in row["architecture"]["output_modalities"] for row in CATALOG)
 
 
 # Many at once
