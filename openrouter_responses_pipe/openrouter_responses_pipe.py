@@ -16,7 +16,8 @@ The floors of this file, from the ground up. A floor names only floors below it.
  5. Session logging
  6. Valves
  7. Host seam
- 8. Model registry
+8a. Model registry
+8b. Model publisher
  9. Request models
 10. SSE decoder
 11. Event reducer
@@ -98,6 +99,10 @@ try:
     import orjson
 except ImportError:  # the standard library serves, more slowly
     orjson = None
+try:
+    import fcntl
+except ImportError:  # Windows: the workers of one server then write side by side
+    fcntl = None
 try:
     from open_webui.env import VERSION as _HOST_VERSION  # pyright: ignore[reportMissingImports]  # host only
 except ImportError:  # the terminal, or a test without the host
@@ -394,6 +399,20 @@ class ModelRef(NamedTuple):
     def remark(self) -> str:
         """What a name needs to tell it from its base: `nitro`, `preset brief`."""
         return ", ".join([*self.shortcuts, *([f"preset {self.preset}"] if self.preset else [])])
+
+
+class ModelRow(NamedTuple):
+    """A row of Open WebUI's model table: what the menu and the admins say of a model.
+
+    `grants` holds (kind of principal, its id, permission).
+    """
+
+    id: str
+    name: str = ""
+    meta: Mapping[str, Any] = types.MappingProxyType({})
+    params: Mapping[str, Any] = types.MappingProxyType({})
+    grants: frozenset[tuple[str, str, str]] = frozenset()
+    is_active: bool = True
 
 
 class Connection(NamedTuple):
@@ -1312,6 +1331,20 @@ class _ModelValves(_ConnectionValves):
         default=False,
         description="Only models that the privacy and provider settings of the key's account allow.",
     )
+    SYNC_MODEL_METADATA: Literal["off", "capabilities", "all"] = Field(
+        default="capabilities",
+        description=(
+            "What Open WebUI is told of each model in the menu. capabilities: what it can do; all: also "
+            "description, price, tags and an icon. What you change there stays; off takes everything back."
+        ),
+    )
+    NEW_MODEL_ACCESS: Literal["admins", "everyone"] = Field(
+        default="admins",
+        description=(
+            "Who sees the models whose access nobody has set in Open WebUI; with SYNC_MODEL_METADATA off, "
+            "administrators only."
+        ),
+    )
 
 
 class _StreamingValves(_ModelValves):
@@ -1488,6 +1521,80 @@ class OpenWebUIHost:
             return None
         return Path(DATA_DIR) / "openrouter_responses_pipe"
 
+    @contextlib.contextmanager
+    def only_one(self, what: str) -> Iterator[bool]:
+        """Whether nobody else on this machine does `what` now: other workers, other loads of this file."""
+        folder = self.data_folder()
+        if folder is None or fcntl is None:
+            yield True
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / f"{what}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+    async def model_rows(self, prefix: str) -> list[ModelRow]:
+        """What the host keeps of the models whose id begins with `prefix`."""
+        rows = await _host_models().Models.get_base_models()
+        return [_model_row(row) for row in rows if row.id.startswith(prefix)]
+
+    async def model_row(self, row_id: str) -> ModelRow | None:
+        """What the host keeps of one model."""
+        row = await _host_models().Models.get_model_by_id(row_id)
+        return None if row is None else _model_row(row)
+
+    async def insert_model_row(self, row: ModelRow) -> bool:
+        """Add a row, owned by the host's first administrator; False while there is none.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+
+        owner = await Users.get_super_admin_user()
+        if owner is None:
+            return False
+        return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
+
+    async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
+        """Write a row anew.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        from open_webui.models.access_grants import (  # pyright: ignore[reportMissingImports]  # host only
+            AccessGrants,
+        )
+
+        form = _model_form(row)
+        if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
+            await AccessGrants.set_access_grants("model", row.id, form.access_grants)
+        return bool(await _host_models().Models.update_model_by_id(row.id, form))
+
+    async def delete_model_row(self, row_id: str) -> bool:
+        """Remove a row with its grants.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        return bool(await _host_models().Models.delete_model_by_id(row_id))
+
+    async def admin_grants(self) -> frozenset[tuple[str, str, str]]:
+        """What lets every administrator see a row; nothing is needed where the host lets them see all."""
+        from open_webui.config import (  # pyright: ignore[reportMissingImports]  # host only
+            BYPASS_ADMIN_ACCESS_CONTROL,
+        )
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+
+        if BYPASS_ADMIN_ACCESS_CONTROL:
+            return frozenset()
+        admins = await Users.get_users(filter={"roles": ["admin"]})
+        return frozenset(("user", user.id, "read") for user in admins["users"])
+
     def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
         """A stream for an API client, sent as it is.
 
@@ -1525,6 +1632,68 @@ class OpenWebUIHost:
             )
 
 
+def _host_models() -> Any:
+    from open_webui.models import models  # pyright: ignore[reportMissingImports]  # host only
+
+    return models
+
+
+def _model_row(row: Any) -> ModelRow:
+    """A row as the host's own class holds it; what was never set is not there."""
+    return ModelRow(
+        id=row.id,
+        name=row.name,
+        meta=row.meta.model_dump(exclude_unset=True),
+        params=row.params.model_dump(exclude_unset=True),
+        grants=frozenset(
+            (grant.principal_type, grant.principal_id, grant.permission) for grant in row.access_grants
+        ),
+        is_active=row.is_active,
+    )
+
+
+def _model_form(row: ModelRow) -> Any:
+    grants = [
+        {"principal_type": kind, "principal_id": principal, "permission": permission}
+        for kind, principal, permission in sorted(row.grants)
+    ]
+    return _host_models().ModelForm(
+        id=row.id,
+        base_model_id=None,
+        name=row.name,
+        meta=dict(row.meta),
+        params=dict(row.params),
+        access_grants=grants,
+        is_active=row.is_active,
+        commit_message="OpenRouter's catalog",  # shown in the history of the model, where there is one
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _badge(letters: str, colour: str) -> str:
+    """A square with letters on a colour (`#rrggbb`) as a data URL; nothing where no picture can be made.
+
+    PNG, because Open WebUI takes no SVG: it could hold a script.
+    """
+    try:
+        from PIL import Image, ImageDraw, ImageFont
+    except ImportError:  # it comes with Open WebUI, not with this file
+        return ""
+    size = 4 * _BADGE_PIXELS  # drawn large and made small: smooth edges
+    picture = Image.new("RGBA", (size, size))
+    draw = ImageDraw.Draw(picture)
+    draw.rounded_rectangle((0, 0, size - 1, size - 1), radius=size // 4, fill=colour)
+    font = ImageFont.load_default(size=size * (0.62 if len(letters) == 1 else 0.5))
+    draw.text((size / 2, size / 2), letters, font=font, fill="white", anchor="mm", stroke_width=size // 90)
+    small = picture.resize((_BADGE_PIXELS, _BADGE_PIXELS), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    small.quantize(32).save(file, "PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+_BADGE_PIXELS: Final = 64
+
+
 async def _saved_cost(chat_id: str) -> float:
     from open_webui.internal.db import (  # pyright: ignore[reportMissingImports]  # host only
         get_async_db_context,
@@ -1547,7 +1716,7 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
         yield b"data: [DONE]\n\n"
 
 
-# ── 8. Model registry ────────────────────────────────────────────────────────
+# ── 8a. Model registry ───────────────────────────────────────────────────────
 # The catalog of OpenRouter, fresh enough, and what it says of each model.
 # Promise: a page load never fails because of it, and concurrent ones cause one fetch.
 # Doc: docs/model_catalog_and_routing.md   Tests: tests/test_model_registry.py
@@ -2253,12 +2422,12 @@ def _dollars_per_million(per_token: float) -> str:
 
 
 def format_tokens(count: int | None) -> str:
-    """A limit as people say it: `400K`, `1M`, `8.2K`; nothing where nobody knows."""
+    """A limit as people say it: `400K`, `1M`, `131K`, `8.2K`; nothing where nobody knows."""
     if not count:
         return ""
     for size, unit in ((1_000_000, "M"), (1_000, "K")):
         if count >= size:
-            return f"{round(count / size, 1):g}{unit}"
+            return f"{round(count / size, 1 if count < 100 * size else None):g}{unit}"
     return str(count)
 
 
@@ -2267,6 +2436,315 @@ def _setup_entry(error: PipeError) -> list[dict[str, str]]:
     sentence = render_error(error).partition(". ")[0].rstrip(".")
     name = sentence if "OpenRouter" in sentence else f"OpenRouter: {sentence}"
     return [{"id": _SETUP_MODEL_ID, "name": name}]
+
+
+# ── 8b. Model publisher ──────────────────────────────────────────────────────
+# What Open WebUI's own model table says of our models follows the catalog.
+# Promise: what somebody else has set is never touched, and what was written can be taken back.
+# Doc: docs/model_catalog_and_routing.md   Tests: tests/test_model_publisher.py
+
+
+class ModelFamily(NamedTuple):
+    """Whose models they are, and how a list shows that: `letters` on `colour`."""
+
+    vendor: str
+    name: str
+    letters: str
+    colour: str
+
+    @classmethod
+    def of(cls, spec: ModelSpec) -> ModelFamily:
+        """The family of a model; one that has no row gets its name, first letter and a colour of its own."""
+        vendor = spec.vendor
+        if vendor in _FAMILIES:
+            return cls(vendor, *_FAMILIES[vendor])
+        author, colon, _ = spec.name.partition(":")
+        name = author.strip() if colon and author.strip() else vendor.replace("-", " ").title()
+        hue = hashlib.sha256(vendor.encode()).digest()
+        colour = "#" + "".join(f"{60 + byte % 110:02x}" for byte in hue[:3])  # dark enough for white letters
+        return cls(vendor, name, name[:1].upper(), colour)
+
+
+# vendor -> its name, and the letters and colour of its badge
+_FAMILIES: Final[dict[str, tuple[str, str, str]]] = {
+    "openai": ("OpenAI", "AI", "#0f8a6c"),
+    "anthropic": ("Anthropic", "A", "#c8643c"),
+    "google": ("Google", "G", "#3367d6"),
+    "meta-llama": ("Meta", "M", "#0668e1"),
+    "mistralai": ("Mistral", "Mi", "#e8590c"),
+    "deepseek": ("DeepSeek", "DS", "#4a5cf0"),
+    "qwen": ("Qwen", "Q", "#6440dc"),
+    "x-ai": ("xAI", "xA", "#23262b"),
+    "moonshotai": ("Moonshot AI", "K", "#16324f"),
+    "z-ai": ("Z.AI", "Z", "#2d5cd0"),
+    "minimax": ("MiniMax", "MM", "#d6336c"),
+    "perplexity": ("Perplexity", "P", "#1f7a84"),
+    "nvidia": ("NVIDIA", "N", "#5b8f00"),
+    "amazon": ("Amazon", "a", "#b86e00"),
+    "microsoft": ("Microsoft", "MS", "#0078a8"),
+    "cohere": ("Cohere", "C", "#39594d"),
+    "black-forest-labs": ("Black Forest Labs", "BF", "#1e4030"),
+    "openrouter": ("OpenRouter", "OR", "#5a5fd6"),
+}
+# What Open WebUI may offer with a model, and what the model needs for it. All of it is on unless a row
+# says otherwise, so only what is missing is written: an administrator's defaults stay in force.
+_HOST_CAPABILITIES: Final[dict[str, Callable[[ModelSpec], bool]]] = {
+    "vision": lambda spec: spec.takes_images,
+    "file_upload": lambda spec: spec.writes_text,
+    # The host gives these to the model as tools.
+    **dict.fromkeys(
+        ("builtin_tools", "web_search", "image_generation", "code_interpreter", "terminal"),
+        lambda spec: spec.takes_tools,
+    ),
+}
+_TAGS: Final[dict[str, Callable[[ModelSpec], bool]]] = {
+    "Free": lambda spec: spec.is_free,
+    "Images": lambda spec: spec.writes_images,
+    "Vision": lambda spec: spec.takes_images,
+    "Tools": lambda spec: spec.takes_tools,
+    "Reasoning": lambda spec: spec.reasons,
+}
+_EVERYONE: Final = frozenset({("user", "*", "read")})
+_MAX_DESCRIPTION_CHARS: Final = 300
+
+
+class PublishChoice(NamedTuple):
+    """What is told of a model (`SYNC_MODEL_METADATA`), and to whom (`NEW_MODEL_ACCESS`)."""
+
+    mode: Literal["off", "capabilities", "all"] = "off"
+    access: Literal["admins", "everyone"] = "admins"
+
+
+def _row_fields(
+    spec: ModelSpec, choice: PublishChoice, private: frozenset[tuple[str, str, str]]
+) -> dict[str, Any]:
+    """What the row of a model shall say, by field; `private`: the grants of a model for admins alone."""
+    if choice.mode == "off":
+        return {}
+    fields: dict[str, Any] = {
+        "name": spec.name,
+        "access": _EVERYONE if choice.access == "everyone" else private,
+        "capabilities.usage": True,
+    }
+    fields |= {f"capabilities.{name}": False for name, can in _HOST_CAPABILITIES.items() if not can(spec)}
+    if choice.mode == "all":
+        family = ModelFamily.of(spec)
+        tags = [family.name, *(tag for tag, has in _TAGS.items() if has(spec))]
+        fields |= {
+            "description": _describe(spec),
+            "tags": [{"name": tag} for tag in tags],
+            "profile_image_url": _badge(family.letters, family.colour),
+        }
+    return {field: value for field, value in fields.items() if field == "access" or not _is_unset(value)}
+
+
+def _describe(spec: ModelSpec) -> str:
+    """What a person wants to know before choosing: context, price, end, and the author's own words."""
+    context, price = format_tokens(spec.context_length), format_price(spec)
+    costlier = min((o.above_tokens for o in spec.overrides if o.above_tokens), default=None)
+    facts = [
+        f"{context} context" if context else "",
+        f"{price} per million tokens in / out" if " / " in price else price,
+        f"other prices above {format_tokens(costlier)} tokens" if costlier else "",
+        f"stands for {spec.alias_of}" if spec.alias_of else "",
+        f"ends on {spec.expires[:10]}" if spec.expires else "",
+    ]
+    words = _LINE_BREAKS_RE.sub(" ", spec.description).strip()
+    if len(words) > _MAX_DESCRIPTION_CHARS:
+        words = words[:_MAX_DESCRIPTION_CHARS].rpartition(" ")[0].rstrip(",.;:") + " …"
+    return "\n".join(part for part in (" · ".join(fact for fact in facts if fact), words) if part)
+
+
+# A row is planned field by field. Its `meta` says what was written, so that every worker and every
+# later version knows it: a field that holds something else now has been changed by somebody.
+_RECORD: Final = "openrouter_responses_pipe"
+
+
+class _Record(NamedTuple):
+    created: bool = False  # the row itself is ours
+    wrote: Mapping[str, Any] = types.MappingProxyType({})
+    theirs: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, row: ModelRow) -> _Record:
+        """What the row says of us; nothing where it was never ours, or says something else."""
+        record = _mapping(row.meta.get(_RECORD))
+        return cls(
+            record.get("created") is True,
+            _mapping(record.get("wrote")),
+            frozenset(_strings(record.get("theirs"))),
+        )
+
+    def dump(self) -> JSONObject:
+        """The record as JSON."""
+        return {"created": self.created, "wrote": dict(self.wrote), "theirs": sorted(self.theirs)}
+
+
+def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> ModelRow | None:
+    """The row as it shall be, None: none. `wanted` may be empty: then all that was written is taken back."""
+    if row is None:
+        row, record = ModelRow(row_id), _Record(created=True)
+        if not wanted:
+            return None
+    else:
+        record = _Record.of(row)
+    wrote, theirs = dict(record.wrote), set(record.theirs)
+    for field in sorted((wanted.keys() | wrote.keys()) - theirs):
+        current = _field(row, field)
+        if field in wrote and wrote.pop(field) != _mark(current):
+            theirs.add(field)
+            continue
+        if field not in record.wrote and (
+            not _is_unset(current) or (field == "access" and not record.created)
+        ):
+            continue
+        row = _with_field(row, field, wanted.get(field))
+        if field in wanted:
+            wrote[field] = _mark(wanted[field])
+    if wanted:
+        return _with_field(row, _RECORD, _Record(record.created, wrote, frozenset(theirs)).dump())
+    row = _with_field(row, _RECORD, None)
+    is_plain = row.is_active and not row.params and not row.grants and "name" not in theirs
+    return None if record.created and is_plain and all(map(_is_unset, row.meta.values())) else row
+
+
+def _differing_rows(rows: Mapping[str, ModelRow], fields: Mapping[str, JSONObject]) -> dict[str, JSONObject]:
+    """The rows that have to be written, each with what it shall say; those of models no longer shown too."""
+    nothing: JSONObject = {}
+    wanted = {row_id: nothing for row_id, row in rows.items() if _RECORD in row.meta} | {**fields}
+    return {
+        row_id: say
+        for row_id, say in wanted.items()
+        if _plan_row(rows.get(row_id), row_id, say) != rows.get(row_id)
+    }
+
+
+def _field(row: ModelRow, field: str) -> Any:
+    if field in ("name", "access"):
+        return row.name if field == "name" else row.grants
+    name, _, part = field.partition(".")
+    return _mapping(row.meta.get(name)).get(part) if part else row.meta.get(name)
+
+
+def _with_field(row: ModelRow, field: str, value: Any) -> ModelRow:
+    """The row with one field changed; None takes it away (a name stays, because there must be one)."""
+    if field == "name":
+        return row._replace(name=value or row.name)
+    if field == "access":
+        return row._replace(grants=value or frozenset())
+    name, _, part = field.partition(".")
+    if part:
+        whole = {key: old for key, old in _mapping(row.meta.get(name)).items() if key != part}
+        value = (whole if value is None else {**whole, part: value}) or None
+    meta = {key: old for key, old in row.meta.items() if key != name}
+    return row._replace(meta=meta if value is None else {**meta, name: value})
+
+
+def _is_unset(value: Any) -> bool:
+    """Whether a field says nothing; that is not False."""
+    return value is None or (isinstance(value, str | list | dict | frozenset) and not value)
+
+
+def _mark(value: Any) -> Any:
+    """What is remembered of a value that was written: a switch as it is, all else by its digest."""
+    if isinstance(value, bool):
+        return value
+    plain = sorted(value) if isinstance(value, frozenset) else value
+    return hashlib.sha256(_json_dumps(plain)).hexdigest()[:8]
+
+
+class ModelPublisher:
+    """Keeps Open WebUI's model rows as the catalog and the valves have them, behind the scenes.
+
+    `clock` gives seconds that only grow.
+    """
+
+    def __init__(self, host: OpenWebUIHost, pipe_id: str, clock: Callable[[], float]) -> None:
+        self._host = host
+        self._pipe_id = pipe_id
+        self._clock = clock
+        self._asked: tuple[Sequence[ModelSpec], PublishChoice] = ((), PublishChoice())
+        self._is_due = False
+        self._next_try_at = -math.inf
+        self._task: asyncio.Task[None] | None = None
+        self._said_access = False
+
+    def publish(self, shown: Sequence[ModelSpec], choice: PublishChoice) -> None:
+        """See to it that the rows say what they shall. Returns at once; for the same list it is done once.
+
+        After a failure it is tried again a minute later, when it is asked for.
+        """
+        if self._host.version is None:
+            return
+        if shown is not self._asked[0] or choice != self._asked[1]:
+            self._asked, self._is_due = (shown, choice), True
+        is_busy = self._task is not None and not self._task.done()
+        if self._is_due and not is_busy and self._clock() >= self._next_try_at:
+            self._task = asyncio.get_running_loop().create_task(self._catch_up(), name="publish models")
+
+    async def aclose(self) -> None:
+        """Stop writing."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait((self._task,), timeout=_CLEANUP_S)
+
+    async def _catch_up(self) -> None:
+        """Publish what was asked for last, and once more if something else has been asked for meanwhile."""
+        try:
+            while self._is_due:
+                self._is_due = False
+                with self._host.only_one(f"models-{self._pipe_id}") as alone:
+                    if not (alone and await self._write_all(*self._asked)):
+                        self._is_due = True
+                        break
+        except Exception as exc:  # whatever the host's database says: the chats go on without
+            LOGGER.warning("Open WebUI's model settings could not be written: %s", type(exc).__name__)
+            self._is_due = True
+        if self._is_due:
+            self._next_try_at = self._clock() + _PUBLISH_RETRY_S
+
+    async def _write_all(self, shown: Sequence[ModelSpec], choice: PublishChoice) -> bool:
+        """Write what differs, row by row; False where nobody can own a row yet."""
+        private = await self._host.admin_grants()
+        rows = {row.id: row for row in await self._host.model_rows(f"{self._pipe_id}.")}
+
+        def differing() -> dict[str, JSONObject]:
+            fields = {f"{self._pipe_id}.{spec.id}": _row_fields(spec, choice, private) for spec in shown}
+            return _differing_rows(rows, fields)
+
+        due = await asyncio.to_thread(differing)
+        for row_id, wanted in due.items():
+            if not await self._write(row_id, wanted):
+                return False
+        if due:
+            LOGGER.info("Open WebUI's settings of %d models have been brought up to date", len(due))
+        self._say_access(choice)
+        return True
+
+    async def _write(self, row_id: str, wanted: Mapping[str, Any]) -> bool:
+        """Write one row, planned anew: while the others were written somebody may have changed it."""
+        row = await self._host.model_row(row_id)
+        planned = _plan_row(row, row_id, wanted)
+        if planned == row:
+            return True
+        if planned is None:
+            return await self._host.delete_model_row(row_id)
+        if row is None:
+            return await self._host.insert_model_row(planned)
+        return await self._host.update_model_row(planned, grants_too=planned.grants != row.grants)
+
+    def _say_access(self, choice: PublishChoice) -> None:
+        """Once: who is new to this expects that everybody sees the models."""
+        if self._said_access or (choice.access == "everyone" and choice.mode != "off"):
+            return
+        self._said_access = True
+        LOGGER.info(
+            "Only administrators see these models, unless access is given: by the valve NEW_MODEL_ACCESS, "
+            "or model by model under Admin Panel → Settings → Models."
+        )
+
+
+_PUBLISH_RETRY_S: Final = 60.0
 
 
 # ── 9. Request models ────────────────────────────────────────────────────────
@@ -5419,6 +5897,7 @@ class Runtime:
         self.host = OpenWebUIHost()
         copies = CatalogCopies(self.host.data_folder())
         self._registry = OpenRouterModelRegistry(self._client.get_json, clock, copies)
+        self._publisher = ModelPublisher(self.host, pipe_id, clock)
         account = AccountReader(self._client.get_json, clock)
         engine = StreamingEngine(self._client, sleep)
         self._turns = TurnLoop(self._registry, account, engine, self.host, env, clock)
@@ -5454,6 +5933,8 @@ class Runtime:
             self._shown = _menu(models, valves, today)
             self.last_menu = _menu_entries(self._shown)
             self._menu_catalog, self._menu_choice = models, made_of
+        published = PublishChoice(valves.SYNC_MODEL_METADATA, valves.NEW_MODEL_ACCESS)
+        self._publisher.publish(self._shown, published)
         return self.last_menu
 
     def _warn_unmatched(self, models: Mapping[str, ModelSpec], valves: Valves) -> None:
@@ -5558,6 +6039,7 @@ class Runtime:
             cast("asyncio.Task[None]", job.task).cancel()
         if left:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
+        await self._publisher.aclose()
         await self._registry.aclose()
         await self._client.aclose()
 

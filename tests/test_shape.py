@@ -83,7 +83,7 @@ BROAD_EXCEPT: Final[dict[str, str]] = {
     "request worker": "Runtime._work",
     "tool call": "",
     "emitter send": "_SafeEmitter.__call__",
-    "background service": "",
+    "background service": "ModelPublisher._catch_up",
     "Redis call": "",
     "runtime close": "",
     "host call": "OpenWebUIHost.chat_cost",

@@ -72,6 +72,8 @@ ROWS: Final[dict[str, Row]] = {
     "MODEL_NAME_FORMAT": Row("string", "{name}"),
     "MODEL_CATALOG_REFRESH_SECONDS": Row("integer", 3600, 60, 86_400),
     "ACCOUNT_MODELS_ONLY": Row("boolean", False),
+    "SYNC_MODEL_METADATA": Row("string", "capabilities", choices=("off", "capabilities", "all")),
+    "NEW_MODEL_ACCESS": Row("string", "admins", choices=("admins", "everyone")),
     "STREAMING_UPDATE_PROFILE": Row("string", "auto", choices=PROFILES),
     "STREAMING_UPDATE_CHAR_LIMIT": Row("integer", 20, 10, 500),
     "STREAMING_IDLE_FLUSH_MS": Row("integer", 250, 0, 2000),
