@@ -1,4 +1,4 @@
-"""The command line: `simulate`, `run`, `install` and `chat`.
+"""The command line: `simulate`, `run`, `install`, `chat` and `models`.
 
 Needs the standard library only until a command is chosen: `install` works with any Python 3.11, and
 `run` looks for Open WebUI before it loads anything.
@@ -18,9 +18,12 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final, NoReturn, cast
+from typing import TYPE_CHECKING, Any, Final, NoReturn, cast
 
 from openrouter_responses_pipe import webui
+
+if TYPE_CHECKING:
+    from openrouter_responses_pipe.openrouter_responses_pipe import ModelSpec
 
 OK, FAILED, USAGE, INTERRUPTED = 0, 1, 2, 130
 DEMO_EMAIL: Final = "admin@example.com"
@@ -29,6 +32,25 @@ DEMO_PORTS: Final = range(8080, 8100)
 DEMO_MODELS: Final = ("openai/gpt-5-mini", "openai/gpt-4o-mini", "google/gemini-2.5-flash")
 DEMO_RATE: Final = 50  # words per second of the simulator: about what a real model does
 OPENROUTER_URL: Final = "https://openrouter.ai/api/v1"
+MODEL_SORTS: Final = ("name", "newest", "price", "context")
+# option -> (what it says of the models that are left, how it is known)
+MODEL_FILTERS: Final[dict[str, tuple[str, Callable[[ModelSpec], bool]]]] = {
+    "free": ("cost nothing", lambda spec: spec.is_free),
+    "vision": ("see pictures", lambda spec: spec.takes_images),
+    "tools": ("call tools", lambda spec: spec.takes_tools),
+}
+# what the table says of a model
+MODEL_ABILITIES: Final[dict[str, Callable[[ModelSpec], bool]]] = {
+    "tools": lambda spec: spec.takes_tools,
+    "reasoning": lambda spec: spec.reasons,
+    "vision": lambda spec: spec.takes_images,
+    "files": lambda spec: spec.takes_files,
+    "audio": lambda spec: spec.takes_audio,
+    "video": lambda spec: spec.takes_video,
+    "schemas": lambda spec: spec.takes_schemas,
+    "web": lambda spec: spec.searches_web,
+    "draws": lambda spec: spec.writes_images,
+}
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -84,6 +106,17 @@ def _parser() -> argparse.ArgumentParser:
     chat.add_argument("--key", default="", help="the API key (default: $OPENROUTER_API_KEY)")
     chat.add_argument("--base-url", default="", help=f"where the API is (default: {OPENROUTER_URL})")
     chat.set_defaults(command=chat_once)
+
+    models = commands.add_parser("models", help="list OpenRouter's models: what they can do and cost")
+    for name, (words, _) in MODEL_FILTERS.items():
+        models.add_argument(f"--{name}", action="store_true", help=f"only models that {words}")
+    models.add_argument(
+        "--sort", choices=MODEL_SORTS, default="name", help="the order (default: %(default)s)"
+    )
+    models.add_argument("--json", action="store_true", help="print all that is known, as JSON")
+    models.add_argument("--key", default="", help="an API key (default: $OPENROUTER_API_KEY); not needed")
+    models.add_argument("--base-url", default="", help=f"where the API is (default: {OPENROUTER_URL})")
+    models.set_defaults(command=list_models)
     return parser
 
 
@@ -297,8 +330,7 @@ def chat_once(args: argparse.Namespace) -> int:
 
 async def _chat(args: argparse.Namespace, key: str) -> int:
     """Ask, print, and close the stream whatever happens."""
-    # An Open WebUI that happens to be installed would read its settings and open its database.
-    sys.modules.setdefault("open_webui", cast(Any, None))
+    _without_open_webui()
     from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 
     pipe = Pipe()
@@ -321,6 +353,11 @@ async def _chat(args: argparse.Namespace, key: str) -> int:
         print(error, file=sys.stderr)
         return FAILED
     return OK
+
+
+def _without_open_webui() -> None:
+    """Keep an Open WebUI that happens to be installed from reading its settings and opening its database."""
+    sys.modules.setdefault("open_webui", cast(Any, None))
 
 
 async def _print_chunks(chunks: AsyncIterator[Any]) -> str:
@@ -362,6 +399,65 @@ def _error_text(chunk: Any) -> str:
     if isinstance(error, dict):
         error = error.get("detail") or error.get("message") or json.dumps(error)
     return str(error) if error else ""
+
+
+# ── models ────────────────────────────────────────────────────────────
+
+
+def list_models(args: argparse.Namespace) -> int:
+    """Print the catalog: a table, or JSON."""
+    logging.disable(logging.WARNING)  # what it says is for a server's log
+    specs = asyncio.run(_load_models(args))
+    if isinstance(specs, str):
+        print(specs, file=sys.stderr)
+        return FAILED
+    chosen = [has for name, (_, has) in MODEL_FILTERS.items() if getattr(args, name)]
+    specs = [spec for spec in specs if all(has(spec) for has in chosen)]
+    print(_models_as_json(specs) if args.json else _models_as_table(specs))
+    return OK
+
+
+async def _load_models(args: argparse.Namespace) -> list[ModelSpec] | str:
+    """Return the models in their order, or why there are none."""
+    _without_open_webui()
+    from openrouter_responses_pipe import openrouter_responses_pipe as pipe
+
+    key = args.key or os.environ.get("OPENROUTER_API_KEY", "")
+    connection = pipe.Connection((args.base_url or OPENROUTER_URL).rstrip("/"), key)
+    client = pipe.OpenRouterClient()
+    try:
+        registry = pipe.OpenRouterModelRegistry(client.get_json, time.monotonic)
+        models = await registry.ensure_loaded(connection)
+    except pipe.PipeError as error:
+        return error.user_message
+    finally:
+        await client.aclose()
+    return pipe.in_order(models.values(), args.sort)
+
+
+def _models_as_table(specs: Sequence[ModelSpec]) -> str:
+    """Return one line per model under a head; prices in US dollars per million tokens, in / out."""
+    from openrouter_responses_pipe.openrouter_responses_pipe import format_price, format_tokens
+
+    rows = [("model", "context", "price", "can")]
+    for spec in specs:
+        can = " ".join(name for name, has in MODEL_ABILITIES.items() if has(spec))
+        rows.append((spec.id, format_tokens(spec.context_length) or "?", format_price(spec) or "?", can))
+    widths = [max(len(row[column]) for row in rows) for column in range(3)]
+    lines = ["  ".join([*map(str.ljust, row, widths), row[3]]).rstrip() for row in rows]
+    return "\n".join([*lines, f"{len(specs)} models; prices in US dollars per million tokens, in / out"])
+
+
+def _models_as_json(specs: Sequence[ModelSpec]) -> str:
+    """Return a list of objects: the fields of `ModelSpec`, and what the model can."""
+    entries: list[dict[str, Any]] = []
+    for spec in specs:
+        entry = spec._asdict()
+        entry["reasoning"] = spec.reasoning and spec.reasoning._asdict()
+        entry["overrides"] = [override._asdict() for override in spec.overrides]
+        entry["can"] = [name for name, has in MODEL_ABILITIES.items() if has(spec)]
+        entries.append(entry)
+    return json.dumps(entries, indent=2, default=sorted, ensure_ascii=False)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 
 # Patterns
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
+_MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
 _IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
 _PLAIN_WORD_RE: Final = re.compile(r"[a-z]+(?:[ ,;!?]|\.?$)")  # no model id, no path, no name of a parameter
@@ -1990,9 +1991,9 @@ _SAMPLING: Final = (
 
 
 def _fit_modalities(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
-    """Pictures come only when asked for; a router asked for them would leave out all other models."""
-    if spec.writes_images and not spec.is_router and "modalities" not in payload:
-        payload["modalities"] = ["image", "text"] if spec.writes_text else ["image"]
+    """A model that only makes pictures is served only to those who ask for a picture."""
+    if spec.writes_images and not spec.writes_text and "modalities" not in payload:
+        payload["modalities"] = ["image"]
     return ()
 
 
@@ -2332,7 +2333,7 @@ def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
 
 
 _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
-    lambda spec, valves, today: spec.writes_text or spec.writes_images,
+    lambda spec, valves, today: spec.writes_text,  # a picture alone could not be shown yet
     _is_named,
     _is_not_excluded,
     lambda spec, valves, today: _fits_choice(spec.is_free, valves.FREE_MODEL_FILTER),
@@ -2344,12 +2345,18 @@ _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
 )
 _UNKNOWN_LAST: Final = math.inf
 # order -> what a model is placed by; equal ones stand by name
-_MENU_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
+MODEL_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
     "name": lambda spec: 0,
     "newest": lambda spec: -spec.created,
     "price": lambda spec: _UNKNOWN_LAST if spec.price_out is None else spec.price_out,
     "context": lambda spec: -(spec.context_length or 0),
 }
+
+
+def in_order(models: Iterable[ModelSpec], order: str) -> list[ModelSpec]:
+    """The models by `order`, a row of `MODEL_ORDERS`."""
+    place = MODEL_ORDERS[order]
+    return sorted(models, key=lambda spec: (place(spec), spec.name.lower(), spec.id))
 
 
 def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[ModelSpec]:
@@ -2365,9 +2372,8 @@ def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[M
             "OpenRouter: no model passes the filters in the valves of this function; "
             "an administrator can loosen them."
         )
-    order = _MENU_ORDERS[valves.MODEL_SORT]
-    shown.sort(key=lambda spec: (order(spec), spec.name.lower(), spec.id))
-    return [spec._replace(name=_menu_name(spec, valves.MODEL_NAME_FORMAT)) for spec in shown]
+    named = valves.MODEL_NAME_FORMAT
+    return [spec._replace(name=_menu_name(spec, named)) for spec in in_order(shown, valves.MODEL_SORT)]
 
 
 def _menu_entries(shown: Iterable[ModelSpec]) -> list[dict[str, str]]:
@@ -2549,7 +2555,7 @@ def _describe(spec: ModelSpec) -> str:
         f"stands for {spec.alias_of}" if spec.alias_of else "",
         f"ends on {spec.expires[:10]}" if spec.expires else "",
     ]
-    words = _LINE_BREAKS_RE.sub(" ", spec.description).strip()
+    words = _LINE_BREAKS_RE.sub(" ", _MARKDOWN_RE.sub(r"\1", spec.description)).strip()
     if len(words) > _MAX_DESCRIPTION_CHARS:
         words = words[:_MAX_DESCRIPTION_CHARS].rpartition(" ")[0].rstrip(",.;:") + " …"
     return "\n".join(part for part in (" · ".join(fact for fact in facts if fact), words) if part)
@@ -4352,7 +4358,9 @@ class OpenRouterClient:
         timeout = aiohttp.ClientTimeout(
             total=None, sock_connect=connection.connect_timeout_s, sock_read=connection.idle_timeout_s
         )
-        headers = {"Authorization": f"Bearer {connection.key}", **dict(connection.headers), **more_headers}
+        headers = {**dict(connection.headers), **more_headers}
+        if connection.key:  # the catalog needs none
+            headers["Authorization"] = f"Bearer {connection.key}"
         if payload is not None:
             headers |= {"Content-Type": "application/json", "Accept": "text/event-stream"}
             # A compressing proxy would hold events back.

@@ -40,9 +40,7 @@ DIALECTS: Final[dict[str, tuple[bool, bool, str | None]]] = {
 }
 # the menu that the simulator's catalog makes: id -> name
 MENU: Final[dict[str, str]] = {
-    row["id"]: row["name"]
-    for row in CATALOG
-    if {"text", "image"} & set(row["architecture"]["output_modalities"])
+    row["id"]: row["name"] for row in CATALOG if "text" in row["architecture"]["output_modalities"]
 }
 STREAMING: Final = [name for name, (streams, _, _) in DIALECTS.items() if streams]
 

@@ -1,7 +1,7 @@
-"""`python -m tests.bench [--quick]`: what loading, streaming and size cost, each figure beside its limit.
+"""`python -m tests.bench [--quick]`: what loading, the model list, streaming and size cost.
 
-Ends with 1 when a figure is over its limit. `--quick` takes fewer and shorter rounds: good enough to see
-a change of a third, not to judge one of a tenth.
+Each figure stands beside its limit; ends with 1 when one is over it. `--quick` takes fewer and shorter
+rounds: good enough to see a change of a third, not to judge one of a tenth.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 import pytest_bootstrap  # noqa: F401 - the stand-in for the host
 from openrouter_responses_pipe.webui import SimulatorServer
-from tests.bench import loading, scale, streaming
+from tests.bench import catalog, loading, scale, streaming
 from tests.bench.report import HEADER, Figure
 
 ROUNDS, QUICK_ROUNDS = 7, 3
-PARTS = ("loading", "streaming", "scale")
+PARTS = ("loading", "catalog", "streaming", "scale")
 
 
 def _say(text: str) -> None:
@@ -60,7 +60,9 @@ def main() -> int:
     if "loading" in wanted:
         _say("loading")
         figures += loading.figures(rounds)
-    if wanted != ("loading",):
+    if "catalog" in wanted:
+        figures += asyncio.run(catalog.figures(rounds, _say))
+    if {"streaming", "scale"} & set(wanted):
         figures += _streams(wanted, rounds, args.quick)
     _say("")
     over = [figure for figure in figures if figure.over]
