@@ -1529,8 +1529,13 @@ class OpenWebUIHost:
         if folder is None or fcntl is None:
             yield True
             return
-        folder.mkdir(parents=True, exist_ok=True)
-        with (folder / f"{what}.lock").open("w") as lock:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / f"{what}.lock").open("w")
+        except OSError:  # a server whose database is elsewhere may not be able to write here
+            yield True
+            return
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -1840,7 +1845,7 @@ def _price(value: Any) -> float | None:
     """US dollars, given as a string; None for none, and for the -1 of routers."""
     try:
         price = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None
     return price if _is_number(price) and price >= 0 else None
 
@@ -1863,10 +1868,12 @@ def _read_models(entries: Any, zdr: frozenset[str] | None) -> dict[str, ModelSpe
 
 
 def _with_zdr(models: Mapping[str, ModelSpec], zdr: frozenset[str]) -> dict[str, ModelSpec]:
-    return {
-        spec.id: spec._replace(zdr=not zdr.isdisjoint((spec.id, spec.canonical, spec.alias_of)))
-        for spec in models.values()
-    }
+    """The models marked. A variant such as `:free` has other providers, but the dated id of its model."""
+    marked = {}
+    for spec in models.values():
+        ids = (spec.id,) if ":" in spec.id else (spec.id, spec.canonical, spec.alias_of)
+        marked[spec.id] = spec._replace(zdr=not zdr.isdisjoint(ids))
+    return marked
 
 
 # Ids
@@ -1973,7 +1980,7 @@ def _fit_output(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
         del payload["max_output_tokens"]
     else:
         payload["max_output_tokens"] = limit
-    return (f"max_output_tokens {wanted}",)
+    return ("max_output_tokens",)
 
 
 def _fit_sampling(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
@@ -2030,8 +2037,14 @@ class CatalogCopies:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             fresh = self._folder / f"{name}.{os.getpid()}-{secrets.token_hex(4)}"
-            fresh.write_bytes(_json_dumps(copy))
-            fresh.replace(self._folder / name)
+            try:
+                fresh.write_bytes(_json_dumps(copy))
+                fresh.replace(self._folder / name)
+            finally:
+                fresh.unlink(missing_ok=True)
+            kept = sorted(self._folder.glob("models-*.json*"), key=lambda path: path.stat().st_mtime)
+            for old in kept[:-_MAX_CATALOGS]:  # of keys that are gone, and of writers that were killed
+                old.unlink(missing_ok=True)
         except OSError as exc:
             LOGGER.info("The model list could not be kept for the next start: %s", type(exc).__name__)
 
@@ -2060,6 +2073,7 @@ class OpenRouterModelRegistry:
         # A request with another key is another try: who mends a wrong key must not wait for it.
         self._loading: dict[tuple[_CatalogKey, str], _Loading] = {}
         self._outages: dict[tuple[_CatalogKey, str], _Outage] = {}
+        self._looked_for: set[_CatalogKey] = set()
         self._restoring: dict[_CatalogKey, asyncio.Task[None]] = {}
         self._keeping: set[asyncio.Task[None]] = set()
         self._told: set[tuple[str, str]] = set()
@@ -2121,10 +2135,13 @@ class OpenRouterModelRegistry:
         if not self._copies.are_kept:
             return None
         task = self._restoring.get(key)
-        if task is None:
+        if task is None and key not in self._looked_for:
+            self._looked_for.add(key)
             task = asyncio.get_running_loop().create_task(self._restore(key), name="kept model list")
             self._restoring[key] = task
-        await asyncio.wait([task])
+            task.add_done_callback(lambda _: self._restoring.pop(key, None))
+        if task is not None:
+            await asyncio.wait([task], timeout=_CATALOG_WAIT_S)
         return self._catalogs.get(key)
 
     async def _restore(self, key: _CatalogKey) -> None:
@@ -2171,16 +2188,18 @@ class OpenRouterModelRegistry:
         """
         _, path, with_zdr, _ = key
         old = self._catalogs.get(key)
-        answer = await self._fetch(connection, path, old.etag if old else "")
+        # A list that is marked is always fetched whole: its copy must hold the marks of today.
+        answer = await self._fetch(connection, path, old.etag if old and not with_zdr else "")
         zdr = _zdr_ids((await self._fetch(connection, _ZDR_PATH, "")).content) if with_zdr else None
         if answer.content is None and old is not None:
-            models = old.models if zdr is None else _with_zdr(old.models, zdr)
+            models = old.models
         else:
             models = _read_models(_mapping(answer.content).get("data"), zdr)
         if not models:
             raise OpenRouterAPIError("OpenRouter's model list is empty", template="catalog", retryable=True)
         if old is not None and models == old.models:
             models = old.models
+        self._catalogs.pop(key, None)  # to the end: what is renewed is in use
         self._catalogs[key] = _Catalog(models, self._clock(), answer.etag)
         self._keep(key, answer, models, zdr)
 
@@ -2194,7 +2213,7 @@ class OpenRouterModelRegistry:
         copy = {
             "fetched_at": self._now(),
             "etag": answer.etag,
-            "data": [entry for entry in entries if entry.get("id") in models],
+            "data": [entry for entry in entries if _text(entry.get("id")) in models],
             "zdr": None if zdr is None else sorted(zdr),
         }
         writing = asyncio.to_thread(self._copies.save, _copy_name(key), copy)
@@ -2385,6 +2404,8 @@ def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str])
     """The entries that an administrator adds by name; no filter applies to them."""
     extra: dict[str, ModelSpec] = {}
     for ref in map(_parse_model_id, _listed(listed)):
+        if not ref.base and (ref.shortcuts or not ref.preset):
+            continue
         spec = _spec_of(models, ref) if ref.base else ModelSpec(ref.id, "OpenRouter")
         if spec is not None and ref.id not in known:
             extra[ref.id] = spec._replace(name=f"{spec.name} ({ref.remark})" if ref.remark else spec.name)
@@ -2394,7 +2415,7 @@ def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str])
 def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
     """What `MODEL_ID` and `VARIANT_MODELS` name and the catalog does not have."""
     refs = map(_parse_model_id, _listed(valves.VARIANT_MODELS))
-    unmatched = [ref.id for ref in refs if ref.base and _spec_of(models, ref) is None]
+    unmatched = [ref.id for ref in refs if (ref.base or not ref.preset) and _spec_of(models, ref) is None]
     for name in _listed(valves.MODEL_ID):
         if name.lower() != "auto" and not any(_matches_any(model_id, name) for model_id in models):
             unmatched.append(name)
@@ -2597,7 +2618,7 @@ def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> M
     wrote, theirs = dict(record.wrote), set(record.theirs)
     for field in sorted((wanted.keys() | wrote.keys()) - theirs):
         current = _field(row, field)
-        if field in wrote and wrote.pop(field) != _mark(current):
+        if field in wrote and wrote.pop(field) != _mark(current) and current != wanted.get(field):
             theirs.add(field)
             continue
         if field not in record.wrote and (
@@ -3137,6 +3158,9 @@ _SHARED_PARAMETERS: Final = (
 )
 
 
+_CHAT_REASONING: Final = ("effort", "enabled")
+
+
 def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObject:
     """The body for `POST /chat/completions` that says what `payload` says to `/responses`.
 
@@ -3155,8 +3179,11 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
     if "max_output_tokens" in payload:
         body["max_completion_tokens"] = payload["max_output_tokens"]
-    if "effort" in payload.get("reasoning", ()):
-        body["reasoning"] = {"effort": payload["reasoning"]["effort"]}
+    reasoning = {
+        name: value for name, value in payload.get("reasoning", {}).items() if name in _CHAT_REASONING
+    }
+    if reasoning:
+        body["reasoning"] = reasoning
     if "tools" in payload:
         body["tools"] = [_to_chat_tool(tool) for tool in payload["tools"]]
     if "tool_choice" in payload:
@@ -5896,6 +5923,7 @@ class Runtime:
         self.retired = False
         self.last_menu: list[dict[str, str]] = []
         self._shown: list[ModelSpec] = []
+        self._menu_source = CatalogChoice()
         self._menu_catalog: Mapping[str, ModelSpec] | None = None  # what the last menu was made of
         self._menu_choice: tuple[Any, ...] = ()
         self._named_unmatched = ""
@@ -5932,6 +5960,9 @@ class Runtime:
             PipeError: there is no key or no catalog.
         """
         choice = CatalogChoice.of(valves)
+        if choice.path != self._menu_source.path or choice.zdr != self._menu_source.zdr:
+            # What fewer may be shown of must not stay shown because the new list cannot be had.
+            self.last_menu, self._menu_catalog, self._menu_source = [], None, choice
         models = await self._registry.ensure_loaded(_connection(valves, self._env), choice)
         today = time.strftime("%Y-%m-%d")
         made_of = (today, *(getattr(valves, name) for name in _ModelValves.__annotations__))
