@@ -2709,6 +2709,11 @@ class ModelPublisher:
         if self._is_due and not is_busy and self._clock() >= self._next_try_at:
             self._task = asyncio.get_running_loop().create_task(self._catch_up(), name="publish models")
 
+    async def wait(self, longest_s: float) -> None:
+        """Wait until what was asked for is written, for so many seconds at most."""
+        if self._task is not None:
+            await asyncio.wait((self._task,), timeout=longest_s)
+
     async def aclose(self) -> None:
         """Stop writing."""
         if self._task is not None:
@@ -2772,6 +2777,7 @@ class ModelPublisher:
 
 
 _PUBLISH_RETRY_S: Final = 60.0
+_PUBLISH_WAIT_S: Final = 1.0
 
 
 # ── 9. Request models ────────────────────────────────────────────────────────
@@ -5966,6 +5972,8 @@ class Runtime:
         models = await self._registry.ensure_loaded(_connection(valves, self._env), choice)
         today = time.strftime("%Y-%m-%d")
         made_of = (today, *(getattr(valves, name) for name in _ModelValves.__annotations__))
+        # Open WebUI takes the names from its rows: who has just changed a valve looks at the result.
+        has_new_valves = bool(self._menu_choice) and made_of[1:] != self._menu_choice[1:]
         if models is not self._menu_catalog or made_of != self._menu_choice:
             self._warn_unmatched(models, valves)
             self.last_menu = []  # filters that leave nothing must not leave what was there before
@@ -5974,6 +5982,8 @@ class Runtime:
             self._menu_catalog, self._menu_choice = models, made_of
         published = PublishChoice(valves.SYNC_MODEL_METADATA, valves.NEW_MODEL_ACCESS)
         self._publisher.publish(self._shown, published)
+        if has_new_valves:
+            await self._publisher.wait(_PUBLISH_WAIT_S)
         return self.last_menu
 
     def _warn_unmatched(self, models: Mapping[str, ModelSpec], valves: Valves) -> None:
