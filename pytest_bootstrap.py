@@ -1,6 +1,7 @@
 """Stands in for Open WebUI where it is not installed, and takes the waiting out of tenacity.
 
-Only what the module's host seam (floor 7) asks for is here, and everything answers "nothing there".
+Only what the module's host seam (floor 7) asks for is here, and everything answers "nothing there";
+its table of models (`host_models`) keeps what is written, once a test has named an administrator.
 Nothing of this project is replaced. The real host is met in `tests/e2e`.
 
 `tests/conftest.py` imports this file; importing it again changes nothing, and where the real
@@ -13,9 +14,12 @@ import importlib.util
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
+from copy import deepcopy
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import tenacity
+from pydantic import BaseModel, Field, model_validator
 from sqlalchemy import JSON
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -25,7 +29,6 @@ HOST_VERSION = "0.12.4"
 
 # module → object → its async methods, each of which answers None
 TABLES: dict[str, dict[str, tuple[str, ...]]] = {
-    "models.users": {"Users": ("get_user_by_id",)},
     "models.chats": {
         "Chats": (
             "get_chat_by_id",
@@ -36,9 +39,6 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "models.files": {"Files": ("get_file_by_id", "insert_new_file", "update_file_metadata_by_id")},
     "models.functions": {"Functions": ("get_function_by_id", "get_function_valves_by_id")},
-    "models.models": {
-        "Models": ("get_model_by_id", "get_all_models", "insert_new_model", "update_model_by_id")
-    },
 }
 FUNCTIONS: dict[str, tuple[str, ...]] = {
     "routers.images": ("upload_image",),
@@ -50,7 +50,6 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
 }
 RECORDS: dict[str, tuple[str, ...]] = {
     "models.files": ("FileForm",),
-    "models.models": ("ModelForm", "ModelMeta", "ModelParams"),
 }
 
 
@@ -127,6 +126,131 @@ class ChatMessage(HostBase):
     usage: Mapped[dict[str, object] | None] = mapped_column(JSON)
 
 
+class ModelParams(BaseModel, extra="allow"):
+    """What a model is asked with."""
+
+
+class ModelMeta(BaseModel, extra="allow"):
+    """What is said of a model; of a tag only its name is kept."""
+
+    profile_image_url: str | None = None
+    background_image_url: str | None = None
+    description: str | None = None
+    i18n: dict[str, Any] | None = None
+    capabilities: dict[str, Any] | None = None
+    knowledge: list[Any] | None = None
+    voice: Any = None
+    voice_avatar: Any = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def plain_tags(cls, data: dict[str, Any]) -> dict[str, Any]:
+        names = [tag["name"].strip() for tag in data.get("tags") or []]
+        return {**data, "tags": [{"name": name} for name in names if name]} if "tags" in data else data
+
+
+class ModelForm(BaseModel):
+    """A row of the model table, as it is handed in."""
+
+    id: str = Field(pattern=r"^\S+$")
+    base_model_id: str | None = None
+    name: str
+    meta: ModelMeta
+    params: ModelParams
+    access_grants: list[dict[str, Any]] | None = None
+    is_active: bool = True
+
+
+# Called with what is about to be done ("list", "read", "insert", "update", "grant", "delete") and the
+# id of the row: it may wait, change the table, or raise what the database shall answer.
+HostHook = Callable[[str, str], Awaitable[None]]
+
+
+class HostModels:
+    """Open WebUI 0.12's table of models with their grants, in memory.
+
+    As there: a row comes back with every field of `ModelMeta`, those never set as None; an update leaves
+    the grants alone; and a read of one row that fails answers that there is none.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self, admin_id: str = "", hook: HostHook | None = None) -> None:
+        """Begin anew. Without an administrator nobody can own a row."""
+        self.admin_id, self.hook = admin_id, hook
+        self.rows: dict[str, dict[str, Any]] = {}  # as JSON
+        self.writes: list[tuple[str, str]] = []  # (what, row id), in order
+
+    async def _begin(self, what: str, row_id: str = "") -> None:
+        if self.hook is not None:
+            await self.hook(what, row_id)
+        if what not in ("list", "read"):
+            self.writes.append((what, row_id))
+
+    def _answer(self, row_id: str) -> SimpleNamespace | None:
+        if (row := self.rows.get(row_id)) is None:
+            return None
+        grants = [SimpleNamespace(**grant) for grant in row["access_grants"]]
+        meta, params = ModelMeta(**deepcopy(row["meta"])), ModelParams(**deepcopy(row["params"]))
+        return SimpleNamespace(**{**row, "meta": meta, "params": params, "access_grants": grants})
+
+    async def get_base_models(self) -> list[SimpleNamespace | None]:
+        await self._begin("list")
+        return [self._answer(row_id) for row_id, row in self.rows.items() if row["base_model_id"] is None]
+
+    async def get_model_by_id(self, row_id: str) -> SimpleNamespace | None:
+        try:
+            await self._begin("read", row_id)
+        except Exception:
+            return None
+        return self._answer(row_id)
+
+    async def insert_new_model(self, form: ModelForm, user_id: str) -> SimpleNamespace | None:
+        await self._begin("insert", form.id)
+        if form.id in self.rows:
+            raise ValueError(f"UNIQUE constraint failed: {form.id}")
+        grants = form.access_grants or []
+        self.rows[form.id] = {**form.model_dump(mode="json"), "user_id": user_id, "access_grants": grants}
+        return self._answer(form.id)
+
+    async def update_model_by_id(self, row_id: str, form: ModelForm) -> SimpleNamespace | None:
+        await self._begin("update", row_id)
+        if row_id in self.rows:
+            self.rows[row_id] |= form.model_dump(mode="json", exclude={"id", "access_grants"})
+        return self._answer(row_id)
+
+    async def delete_model_by_id(self, row_id: str) -> bool:
+        await self._begin("delete", row_id)
+        self.rows.pop(row_id, None)
+        return True
+
+    async def set_access_grants(self, kind: str, row_id: str, grants: list[dict[str, Any]] | None) -> None:
+        await self._begin("grant", row_id)
+        if row_id in self.rows:
+            self.rows[row_id]["access_grants"] = grants or []
+
+    async def get_user_by_id(self, user_id: str) -> None:
+        return None
+
+    async def get_super_admin_user(self) -> SimpleNamespace | None:
+        return SimpleNamespace(id=self.admin_id) if self.admin_id else None
+
+    async def get_users(self, filter: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"users": [SimpleNamespace(id=self.admin_id)] if self.admin_id else []}
+
+
+host_models = HostModels()
+
+
+def _stub_models() -> None:
+    forms = {"ModelForm": ModelForm, "ModelMeta": ModelMeta, "ModelParams": ModelParams}
+    _fill(_module("models.models"), {"Models": host_models, **forms}.items())
+    _fill(_module("models.access_grants"), [("AccessGrants", host_models)])
+    _fill(_module("models.users"), [("Users", host_models)])
+    _fill(_module("config"), [("BYPASS_ADMIN_ACCESS_CONTROL", True)])
+
+
 def _stub_host() -> None:
     env = {"VERSION": HOST_VERSION, "WEBUI_SECRET_KEY": "", "DATABASE_SCHEMA": None}
     _fill(_module("env"), env.items())
@@ -140,6 +264,7 @@ def _stub_host() -> None:
         _fill(_module(path), ((name, type(name, (SimpleNamespace,), {})) for name in names))
     _module("storage.provider").Storage = _stub_storage()  # type: ignore[attr-defined]  # made here
     _fill(_module("models.chat_messages"), [("ChatMessage", ChatMessage)])
+    _stub_models()
     _stub_database(_module("internal.db"))
 
 

@@ -146,6 +146,7 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 
 # Patterns
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
+_EMPTY_BRACKETS_RE: Final = re.compile(r"\(\s*\)|\[\s*\]")
 _MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
 _IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
@@ -154,6 +155,8 @@ _CODE_WORD_RE: Final = re.compile(r"\d+|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+|None|null
 
 # Every line we log goes through this one
 LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
+
+_SEPARATORS: Final = " ·•|–—-,;:/"
 
 # Names shared with other loads of this file
 _RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
@@ -306,6 +309,7 @@ class ModelSpec(NamedTuple):
     alias_of: str = ""  # what a `~…-latest` id stands for now
     zdr: bool = False  # there is a provider that keeps nothing; False also where nobody asked
     is_known: bool = True  # False: it is not in the catalog, and may take anything
+    title: str = ""  # its name in the menu, as the valve forms it
 
     @property
     def vendor(self) -> str:
@@ -414,6 +418,7 @@ class ModelRow(NamedTuple):
     params: Mapping[str, Any] = types.MappingProxyType({})
     grants: frozenset[tuple[str, str, str]] = frozenset()
     is_active: bool = True
+    is_workspace: bool = False  # a model that somebody has made of another one
 
 
 class Connection(NamedTuple):
@@ -1655,6 +1660,7 @@ def _model_row(row: Any) -> ModelRow:
             (grant.principal_type, grant.principal_id, grant.permission) for grant in row.access_grants
         ),
         is_active=row.is_active,
+        is_workspace=bool(row.base_model_id),
     )
 
 
@@ -2392,12 +2398,12 @@ def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[M
             "an administrator can loosen them."
         )
     named = valves.MODEL_NAME_FORMAT
-    return [spec._replace(name=_menu_name(spec, named)) for spec in in_order(shown, valves.MODEL_SORT)]
+    return [spec._replace(title=_menu_name(spec, named)) for spec in in_order(shown, valves.MODEL_SORT)]
 
 
 def _menu_entries(shown: Iterable[ModelSpec]) -> list[dict[str, str]]:
     """What `pipes()` returns."""
-    return [{"id": spec.id, "name": spec.name} for spec in shown]
+    return [{"id": spec.id, "name": spec.title} for spec in shown]
 
 
 def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str]) -> list[ModelSpec]:
@@ -2406,7 +2412,7 @@ def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str])
     for ref in map(_parse_model_id, _listed(listed)):
         if not ref.base and (ref.shortcuts or not ref.preset):
             continue
-        spec = _spec_of(models, ref) if ref.base else ModelSpec(ref.id, "OpenRouter")
+        spec = _spec_of(models, ref) if ref.base else _pick_model({}, ref.id)._replace(name="OpenRouter")
         if spec is not None and ref.id not in known:
             extra[ref.id] = spec._replace(name=f"{spec.name} ({ref.remark})" if ref.remark else spec.name)
     return list(extra.values())
@@ -2431,7 +2437,10 @@ def _menu_name(spec: ModelSpec, template: str) -> str:
         "price": format_price(spec),
         "context": format_tokens(spec.context_length),
     }
-    return _fill_template(template, fields) or spec.name
+    title = _fill_template(template, fields)
+    if not all(text for field, text in fields.items() if "{" + field + "}" in template):
+        title = _EMPTY_BRACKETS_RE.sub("", title).strip(_SEPARATORS)  # of what nobody knows
+    return title or spec.name
 
 
 def format_price(spec: ModelSpec) -> str:
@@ -2482,7 +2491,7 @@ class ModelFamily(NamedTuple):
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelFamily:
         """The family of a model; one that has no row gets its name, first letter and a colour of its own."""
-        vendor = spec.vendor
+        vendor = "openrouter" if spec.id.startswith("@") else spec.vendor
         if vendor in _FAMILIES:
             return cls(vendor, *_FAMILIES[vendor])
         author, colon, _ = spec.name.partition(":")
@@ -2549,7 +2558,7 @@ def _row_fields(
     if choice.mode == "off":
         return {}
     fields: dict[str, Any] = {
-        "name": spec.name,
+        "name": spec.title or spec.name,
         "access": _EVERYONE if choice.access == "everyone" else private,
         "capabilities.usage": True,
     }
@@ -2613,6 +2622,8 @@ def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> M
         row, record = ModelRow(row_id), _Record(created=True)
         if not wanted:
             return None
+    elif row.is_workspace:
+        return row  # somebody has given a model of their own the id of ours
     else:
         record = _Record.of(row)
     wrote, theirs = dict(record.wrote), set(record.theirs)
@@ -2631,7 +2642,7 @@ def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> M
     if wanted:
         return _with_field(row, _RECORD, _Record(record.created, wrote, frozenset(theirs)).dump())
     row = _with_field(row, _RECORD, None)
-    is_plain = row.is_active and not row.params and not row.grants and "name" not in theirs
+    is_plain = row.is_active and not row.params and not row.grants and theirs.isdisjoint(("name", "access"))
     return None if record.created and is_plain and all(map(_is_unset, row.meta.values())) else row
 
 
@@ -2692,6 +2703,7 @@ class ModelPublisher:
         self._clock = clock
         self._asked: tuple[Sequence[ModelSpec], PublishChoice] = ((), PublishChoice())
         self._is_due = False
+        self._is_failing = False  # the log has it
         self._next_try_at = -math.inf
         self._task: asyncio.Task[None] | None = None
         self._said_access = False
@@ -2730,8 +2742,11 @@ class ModelPublisher:
                         self._is_due = True
                         break
         except Exception as exc:  # whatever the host's database says: the chats go on without
-            LOGGER.warning("Open WebUI's model settings could not be written: %s", type(exc).__name__)
-            self._is_due = True
+            level = logging.DEBUG if self._is_failing else logging.WARNING
+            LOGGER.log(level, "Open WebUI's model settings could not be written: %s", type(exc).__name__)
+            self._is_due = self._is_failing = True
+        else:
+            self._is_failing = False
         if self._is_due:
             self._next_try_at = self._clock() + _PUBLISH_RETRY_S
 

@@ -371,6 +371,27 @@ class WebUIClient:
         """Return the models this account may use."""
         return self.request("GET", f"/api/models{'?refresh=true' if refresh else ''}")["data"]
 
+    def model_rows(self) -> dict[str, dict[str, Any]]:
+        """Return by id what Open WebUI itself keeps of models: names, capabilities, access."""
+        return {row["id"]: row for row in self.request("GET", "/api/v1/models/base")}
+
+    def create_model(self, row: Mapping[str, Any]) -> None:
+        """Add what Open WebUI keeps of a model; with `base_model_id` it is a model of the workspace."""
+        self.request("POST", "/api/v1/models/create", {"meta": {}, "params": {}, **row})
+
+    def update_model(self, row: Mapping[str, Any]) -> None:
+        """Write anew, whole but for the access, what Open WebUI keeps of a model."""
+        self.request("POST", "/api/v1/models/model/update", row)
+
+    def delete_model(self, model_id: str) -> None:
+        """Remove what Open WebUI keeps of a model, and its access."""
+        self.request("POST", "/api/v1/models/model/delete", {"id": model_id})
+
+    def set_access(self, model_id: str, grants: Sequence[Mapping[str, str]]) -> None:
+        """Say who may use a model besides the administrators."""
+        form = {"id": model_id, "access_grants": list(grants)}
+        self.request("POST", "/api/v1/models/model/access/update", form)
+
     def open_to_everyone(self, model_id: str, name: str) -> None:
         """Let every account use this model; until then a pipe's models are the administrators' own."""
         form = {"id": model_id, "name": name, "access_grants": [READ_BY_EVERYONE]}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import AsyncIterator, Mapping
-from typing import Any
+from collections.abc import AsyncIterator, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
 
 import pytest
 
-from openrouter_responses_pipe.openrouter_responses_pipe import ConfigurationError, OpenWebUIHost
-from pytest_bootstrap import ChatMessage
+from openrouter_responses_pipe.openrouter_responses_pipe import ConfigurationError, ModelRow, OpenWebUIHost
+from pytest_bootstrap import ChatMessage, HostModels, host_models
 
 
 @pytest.mark.parametrize(
@@ -104,3 +105,162 @@ async def test_a_host_that_cannot_be_asked_spoils_nothing(caplog: pytest.LogCapt
     caplog.set_level("INFO")
     assert await OpenWebUIHost().chat_cost("a") == 0.0
     assert "could not be read" in caplog.text
+
+
+# Files of ours, and who is alone
+
+
+@pytest.fixture
+def data_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The host's data folder."""
+    monkeypatch.setattr("open_webui.env.DATA_DIR", tmp_path, raising=False)
+    return tmp_path
+
+
+def test_files_lie_in_a_folder_of_their_own(data_dir: Path) -> None:
+    assert OpenWebUIHost().data_folder() == data_dir / "openrouter_responses_pipe"
+    assert OpenWebUIHost(None).data_folder() is None
+    assert list(data_dir.iterdir()) == []
+
+
+def test_a_host_that_names_no_data_folder() -> None:
+    assert OpenWebUIHost().data_folder() is None
+
+
+def test_only_one_does_the_same_at_a_time(data_dir: Path) -> None:
+    with OpenWebUIHost().only_one("models-f") as first:
+        with OpenWebUIHost().only_one("models-f") as second, OpenWebUIHost().only_one("models-g") as other:
+            assert (first, second, other) == (True, False, True)
+        with OpenWebUIHost().only_one("models-f") as third:  # the second's end has not let anybody in
+            assert not third
+    with OpenWebUIHost().only_one("models-f") as again:
+        assert again
+
+
+def test_who_fails_is_no_longer_alone(data_dir: Path) -> None:
+    with pytest.raises(ValueError, match="broken"), OpenWebUIHost().only_one("models-f"):
+        raise ValueError("broken")
+    with OpenWebUIHost().only_one("models-f") as again:
+        assert again
+
+
+def test_without_a_folder_everybody_goes_on(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No host, no folder named, or one that cannot be made."""
+    (data_dir / "file").touch()
+    for host in (OpenWebUIHost(None), OpenWebUIHost()):
+        with host.only_one("models-f") as first:
+            assert first
+    monkeypatch.setattr("open_webui.env.DATA_DIR", data_dir / "file")
+    for _ in range(2):
+        with OpenWebUIHost().only_one("models-f") as first, OpenWebUIHost().only_one("models-f") as second:
+            assert (first, second) == (True, True)
+
+
+# Model rows
+
+
+@pytest.fixture
+def table() -> Iterator[HostModels]:
+    """The host's table of models, empty, and an administrator."""
+    host_models.reset(admin_id="admin")
+    yield host_models
+    host_models.reset()
+
+
+EVERYONE: Final = frozenset({("user", "*", "read")})
+FULL: Final = ModelRow(
+    "f.acme/one:free",
+    "Acme: One",
+    {
+        "description": "Small.",
+        "capabilities": {"vision": False},
+        "tags": [{"name": "Acme"}],
+        "ours": {"a": [1]},
+    },
+    {"temperature": 0.5},
+    frozenset({("group", "g", "write"), *EVERYONE}),
+    is_active=False,
+)
+
+
+def stated(row: ModelRow | None) -> ModelRow | None:
+    """A row without the fields that the host fills with None."""
+    kept = {name: value for name, value in row.meta.items() if value is not None} if row else {}
+    return row and row._replace(meta=kept)
+
+
+@pytest.mark.parametrize("row", [FULL, ModelRow("f.acme/one", "One")], ids=["full", "bare"])
+async def test_a_row_comes_back_as_it_was_written(row: ModelRow, table: HostModels) -> None:
+    host = OpenWebUIHost()
+    assert await host.model_row(row.id) is None
+    assert await host.insert_model_row(row)
+    assert stated(await host.model_row(row.id)) == row
+    assert [stated(found) for found in await host.model_rows("f.")] == [row]
+    assert table.rows[row.id]["user_id"] == "admin"
+    assert table.rows[row.id]["base_model_id"] is None
+
+
+async def test_only_rows_with_the_prefix_are_listed(table: HostModels) -> None:
+    host = OpenWebUIHost()
+    for row_id in ("f.acme/one", "f.acme/two", "ff.acme/one", "F.acme/one", "g.f.acme/one"):
+        await host.insert_model_row(ModelRow(row_id, "One"))
+    table.rows["f.acme/two"]["base_model_id"] = "g.acme/one"  # a model of the workspace
+    assert [row.id for row in await host.model_rows("f.")] == ["f.acme/one"]
+
+
+async def test_without_an_administrator_no_row_is_added(table: HostModels) -> None:
+    table.reset()
+    assert not await OpenWebUIHost().insert_model_row(FULL)
+    assert table.writes == []
+
+
+@pytest.mark.parametrize("grants_too", [False, True])
+async def test_grants_are_written_where_they_change(grants_too: bool, table: HostModels) -> None:
+    host = OpenWebUIHost()
+    await host.insert_model_row(FULL)
+    changed = FULL._replace(
+        name="Uno", meta={"description": "Large."}, params={}, grants=EVERYONE, is_active=True
+    )
+    assert await host.update_model_row(changed, grants_too=grants_too)
+    grants = EVERYONE if grants_too else FULL.grants
+    assert stated(await host.model_row(FULL.id)) == changed._replace(grants=grants)
+
+
+async def test_a_row_that_is_gone_cannot_be_updated(table: HostModels) -> None:
+    assert not await OpenWebUIHost().update_model_row(FULL, grants_too=False)
+    assert table.rows == {}
+
+
+async def test_a_row_is_removed(table: HostModels) -> None:
+    host = OpenWebUIHost()
+    await host.insert_model_row(FULL)
+    await host.insert_model_row(FULL._replace(id="f.other"))
+    assert await host.delete_model_row(FULL.id)
+    assert [*table.rows] == ["f.other"]
+
+
+async def test_a_write_that_fails_says_so(table: HostModels) -> None:
+    async def fail(what: str, row_id: str) -> None:
+        raise ConnectionError
+
+    host = OpenWebUIHost()
+    await host.insert_model_row(FULL)
+    table.hook = fail
+    writes = (
+        host.model_rows("f."),
+        host.insert_model_row(FULL._replace(id="f.new")),
+        host.update_model_row(FULL, grants_too=False),
+        host.delete_model_row(FULL.id),
+    )
+    for write in writes:
+        with pytest.raises(ConnectionError):
+            await write
+
+
+async def test_what_lets_administrators_see_a_row(table: HostModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = OpenWebUIHost()
+    assert await host.admin_grants() == frozenset()
+    monkeypatch.setattr("open_webui.config.BYPASS_ADMIN_ACCESS_CONTROL", False)
+    assert await host.admin_grants() == {("user", "admin", "read")}
+    table.reset()
+    assert await host.admin_grants() == frozenset()

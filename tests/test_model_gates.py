@@ -577,7 +577,7 @@ def test_what_the_menu_shows_can_be_chosen(valves: Json) -> None:
         assert found.is_known != row.id.startswith("@preset/")
         if found.is_known:
             assert _pick_model(MODELS, f"some_function.{row.id}") == found
-            assert found._replace(name=row.name) == row
+            assert found._replace(name=row.name, title=row.title) == row
             assert found.writes_text or row.id in valves["VARIANT_MODELS"]
 
 

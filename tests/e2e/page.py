@@ -73,6 +73,27 @@ class ChatPage:
             await greeting.click()
             await expect(greeting).to_be_hidden()
 
+    async def open_model_menu(self) -> Locator:
+        """Open the list of models of a new chat; return its entries."""
+        await self.page.get_by_role("button", name="Selected model").click()
+        entries = self.page.get_by_role("option")
+        await expect(entries.first).to_be_visible()
+        return entries
+
+    async def open_model_editor(self, name: str) -> Locator:
+        """Open Admin → Settings → Models → this model, with its capabilities unfolded; return the editor."""
+        await self.page.goto(f"{self.url}/admin/settings/models")
+        editor = self.page.get_by_role("dialog")
+        await editor.get_by_role("button", name=name).first.click()
+        await editor.get_by_text("Capabilities", exact=True).click()
+        await expect(editor.get_by_role("switch", name="Vision")).to_be_visible()
+        return editor
+
+    async def save_model(self, editor: Locator) -> None:
+        """Press "Save & Update" and wait until it has been saved."""
+        await editor.get_by_role("button", name="Save & Update").click()
+        await expect(self.page.get_by_text("Model updated successfully")).to_be_visible()
+
     async def ask(self, question: str) -> None:
         """Type a question and send it."""
         box = self.page.locator("#chat-input")
