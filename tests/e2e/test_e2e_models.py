@@ -353,7 +353,7 @@ async def test_the_menu_in_the_page(host: Host, folder: Path) -> None:
             handle = await icon.element_handle()
             await chat.page.wait_for_function("icon => icon.complete && icon.naturalWidth == 64", arg=handle)
         entry = entries.filter(has_text="Auto Router")
-        await entry.hover()
+        await entry.locator('[id^="model-description-"] + *').hover()
         tooltip = chat.page.locator(".tippy-box").filter(has_text="2M context")
         await expect(tooltip).to_contain_text("as the simulator plays it")
         await expect(tooltip).to_have_css("opacity", "1")
