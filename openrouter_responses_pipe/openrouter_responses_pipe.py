@@ -48,6 +48,7 @@ import contextlib
 import fnmatch
 import functools
 import hashlib
+import hmac
 import io
 import itertools
 import json
@@ -75,7 +76,7 @@ from collections.abc import (
 from datetime import date
 from email.utils import parsedate_to_datetime
 from pathlib import Path
-from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, cast
+from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, TypeVar, cast
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
@@ -218,6 +219,7 @@ def _whole_text(text: str) -> str:
 # Named tuples where a frozen dataclass would do: an eighth of the time to define (every load of
 # the file pays it), a third of the time to make (every token pays it).
 
+T = TypeVar("T")
 JSONObject = dict[str, Any]
 SSEFrame = bytes  # the data of one event of an SSE stream, its lines joined
 StreamEvent = JSONObject  # a frame, decoded; its `type` says what it is
@@ -434,6 +436,31 @@ class Connection(NamedTuple):
         return f"Connection({self.base_url})"  # never the key
 
 
+class RequestRights(NamedTuple):
+    """Who may set what of a request: `approved` has, by field, the values that administrators have set."""
+
+    is_admin: bool = False
+    opened: str = ""
+    approved: Mapping[str, Sequence[Any]] = types.MappingProxyType({})
+
+
+class RequestSettings(NamedTuple):
+    """What valves and the kind of client decide about a request; empty texts are not sent.
+
+    `effort` counts where the chat names none; `cache_ttl` is that of Anthropic's automatic caching.
+    """
+
+    offer_tools: bool = True
+    is_task: bool = False
+    effort: str = ""
+    summary: str = "auto"
+    whole_output: bool = False
+    session_id: str = ""
+    user: str = ""
+    metadata: Mapping[str, str] = types.MappingProxyType({})
+    cache_ttl: str = ""
+
+
 class Fetched(NamedTuple):
     """An answer to `GET`, decoded; `content` is None where nothing has changed since `etag`."""
 
@@ -452,6 +479,8 @@ class ChatRequest(NamedTuple):
     user_id: str = ""
     is_admin: bool = False
     chose_tools: bool = False
+    picked_model: str = ""  # as Open WebUI knows it; of a workspace model not the base
+    base_model: str = ""  # what the picked model is based on, as Open WebUI knows it
     user_valves: Any = None
     event_emitter: HostEventEmitter | None = None
 
@@ -1390,7 +1419,47 @@ class _StreamingValves(_ModelValves):
     )
 
 
-class Valves(_StreamingValves, _LenientModel):
+class _RequestValves(_StreamingValves):
+    REASONING_EFFORT: Literal["", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = Field(
+        default="",
+        description="How long models think, where the chat does not say; empty = their own default.",
+    )
+    REASONING_SUMMARY: Literal["auto", "concise", "detailed", "off"] = Field(
+        default="auto", description="The summary of its thinking that a model is asked for."
+    )
+    USE_MODEL_MAX_OUTPUT_TOKENS: bool = Field(
+        default=False,
+        description="Ask for as many output tokens as the model can write, where a chat does not say.",
+    )
+    UNSUPPORTED_PARAMETERS: Literal["drop", "use_chat_completions"] = Field(
+        default="drop",
+        description=(
+            "Parameters that only Chat Completions has (stop, seed, min_p …): leave them out, or send such "
+            "requests there."
+        ),
+    )
+    USER_REQUEST_FIELDS: str = Field(
+        default="",
+        description=(
+            "Fields of OpenRouter's that people may set themselves, a comma list, * allowed: models, "
+            "plugins, service_tier, session_id, user, safety_identifier, metadata, trace, "
+            "stop_server_tools_when."
+        ),
+    )
+    PROMPT_CACHING: Literal["auto", "off"] = Field(
+        default="auto",
+        description="Let Anthropic's models keep the chat so far, which makes long chats cheaper.",
+    )
+    PROMPT_CACHE_TTL: Literal["5m", "1h"] = Field(
+        default="5m", description="How long they keep it; an hour costs more to write."
+    )
+    SEND_IDENTIFIERS: Literal["none", "hashed", "plain"] = Field(
+        default="hashed",
+        description="How OpenRouter may tell people and chats apart: not at all, by pseudonyms or by ids.",
+    )
+
+
+class Valves(_RequestValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
 
@@ -1411,6 +1480,9 @@ class UserValves(_LenientModel):
     STREAMING_IDLE_FLUSH_MS: Literal["inherit"] | int = Field(
         default="inherit",
         description="Profile custom: so many milliseconds (0 to 2000) fewer characters may wait.",
+    )
+    REASONING_EFFORT: Literal["inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = Field(
+        default="inherit", description="How long models think, where the chat does not say."
     )
     SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
         default="inherit", description="Show the model's reasoning."
@@ -1475,6 +1547,36 @@ def _connection(valves: Valves, env: HostEnvironment) -> Connection:
         headers=headers,
         connect_timeout_s=float(valves.CONNECT_TIMEOUT_SECONDS),
         idle_timeout_s=float(valves.TIMEOUT),
+    )
+
+
+def _pseudonym(secret: str, kind: str, plain: str) -> str:
+    """An id that tells nobody outside who or what it is, and is the same each time."""
+    return hmac.new(secret.encode(), f"{kind} {plain}".encode(), hashlib.sha256).hexdigest()[:32]
+
+
+def _request_settings(
+    valves: Valves, request: ChatRequest, spec: ModelSpec, secret: str, *, offer_tools: bool
+) -> RequestSettings:
+    """What the valves decide about one request, identifiers included (reference §3)."""
+    ids = {"user": request.user_id, "chat": request.chat_id}
+    if valves.SEND_IDENTIFIERS == "hashed":
+        ids = {kind: _pseudonym(secret, kind, plain) for kind, plain in ids.items() if plain}
+    elif valves.SEND_IDENTIFIERS == "none":
+        ids = {}
+    is_task = request.dialect == "task"
+    caches = valves.PROMPT_CACHING == "auto" and spec.vendor == "anthropic" and not is_task
+    return RequestSettings(
+        offer_tools=offer_tools,
+        is_task=is_task,
+        effort=valves.REASONING_EFFORT,
+        summary=valves.REASONING_SUMMARY,
+        whole_output=valves.USE_MODEL_MAX_OUTPUT_TOKENS and not is_task,
+        # Keeps a chat with the provider that has it in its cache; it says nothing of anybody.
+        session_id=_pseudonym(secret, "session", request.chat_id) if request.chat_id else "",
+        user=ids.get("user", ""),
+        metadata={"chat_id": ids["chat"]} if ids.get("chat") else {},
+        cache_ttl=valves.PROMPT_CACHE_TTL if caches else "",
     )
 
 
@@ -1594,6 +1696,35 @@ class OpenWebUIHost:
         """
         return bool(await _host_models().Models.delete_model_by_id(row_id))
 
+    async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
+        """What administrators have set as parameters of these models, or of all: every value, by name.
+
+        The options of a model's controls count too: people choose among them, administrators wrote them.
+        """
+        from open_webui.models.config import Config  # pyright: ignore[reportMissingImports]  # host only
+
+        approved: dict[str, list[Any]] = {}
+        _collect(approved, await Config.get("models.default_params", {}))
+        for model_id in dict.fromkeys(filter(None, model_ids)):
+            row = await self.model_row(model_id)
+            _collect(approved, row.params if row else {})
+        return approved
+
+    async def may_use(self, user_id: str, model_id: str) -> bool:
+        """Whether the host lets this person chat with a model."""
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.utils.models import (  # pyright: ignore[reportMissingImports]  # host only
+            check_model_access,
+        )
+
+        async def check() -> bool:
+            user = await Users.get_user_by_id(user_id)
+            if user is not None:
+                await check_model_access(user, {"id": model_id})  # says no with a bare Exception
+            return user is not None
+
+        return await _host_answer(check(), False, f"{model_id} is not for everybody")
+
     async def admin_grants(self) -> frozenset[tuple[str, str, str]]:
         """What lets every administrator see a row; nothing is needed where the host lets them see all."""
         from open_webui.config import (  # pyright: ignore[reportMissingImports]  # host only
@@ -1620,12 +1751,8 @@ class OpenWebUIHost:
         """US dollars that the answers saved in a chat have cost; 0 if there are none, or nobody knows."""
         if self.version is None or not chat_id:
             return 0.0
-        try:
-            async with asyncio.timeout(_HOST_CALL_S):
-                return await _saved_cost(chat_id)
-        except Exception as exc:  # whatever it is: the answer is there, and a sum may not spoil it
-            LOGGER.info("what this chat has cost could not be read: %s", type(exc).__name__)
-            return 0.0
+        # Whatever it is that fails: the answer is there, and a sum may not spoil it.
+        return await _host_answer(_saved_cost(chat_id), 0.0, "what this chat has cost could not be read")
 
     def check_version(self) -> None:
         """Refuse a host that would show or save nothing.
@@ -1641,6 +1768,19 @@ class OpenWebUIHost:
             raise ConfigurationError(
                 f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
             )
+
+
+def _collect(approved: dict[str, list[Any]], params: Any) -> None:
+    """Add the values of a set of parameters, those of custom parameters and controls included."""
+    for name, value in _mapping(params).items():
+        if name == "custom_params":
+            _collect(approved, value)
+        elif name == "model_controls":
+            for control in _mapping(value).values():
+                for option in _mapping(_mapping(control).get("options")).values():
+                    _collect(approved, _mapping(option).get("params"))
+        else:
+            approved.setdefault(name, []).append(value)
 
 
 def _host_models() -> Any:
@@ -1704,6 +1844,16 @@ def _badge(letters: str, colour: str) -> str:
 
 
 _BADGE_PIXELS: Final = 64
+
+
+async def _host_answer(question: Awaitable[T], fallback: T, words: str) -> T:
+    """The host's answer to a question, or `fallback` and a line in the log."""
+    try:
+        async with asyncio.timeout(_HOST_CALL_S):
+            return await question
+    except Exception as exc:
+        LOGGER.info("%s: %s", words, type(exc).__name__)
+        return fallback
 
 
 async def _saved_cost(chat_id: str) -> float:
@@ -1946,7 +2096,14 @@ def _inject_model_capabilities(payload: JSONObject, spec: ModelSpec) -> tuple[JS
 def _fit_reasoning(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     """Only efforts that the model has; no other field of `reasoning` changes."""
     wanted, how = payload.get("reasoning"), spec.reasoning
-    if wanted is None or "effort" not in wanted or how is None:
+    if wanted is None or how is None:
+        return ()
+    if "max_tokens" in wanted:
+        other = "effort" if how.takes_budget else "max_tokens"  # never both (reference §3)
+        wanted = payload["reasoning"] = {name: value for name, value in wanted.items() if name != other}
+        if not how.takes_budget:
+            return ("reasoning max_tokens",)
+    if "effort" not in wanted:
         return ()
     effort = wanted["effort"]
     rest = {name: value for name, value in wanted.items() if name != "effort"}
@@ -2801,6 +2958,9 @@ _PUBLISH_WAIT_S: Final = 1.0
 # Doc: docs/history_and_request_transforms.md   Tests: tests/test_request_models.py
 
 
+_PLAIN_SETTINGS: Final = RequestSettings()
+
+
 class CompletionsBody(NamedTuple):
     """The body that Open WebUI hands over, taken apart; `parameters` is all that is not history."""
 
@@ -2828,8 +2988,47 @@ class CompletionsBody(NamedTuple):
             tools=tuple(tool for tool in tools if isinstance(tool, Mapping))
             if isinstance(tools, list)
             else (),
-            parameters={name: value for name, value in body.items() if name not in _NOT_PARAMETERS},
+            parameters={
+                name: value
+                for name, value in body.items()
+                if name not in _NOT_PARAMETERS and value is not None
+            },
         )
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it sets a field that not everybody may set."""
+        return not _GUARDED_PARAMETERS.isdisjoint(self.parameters)
+
+    def within(self, rights: RequestRights) -> CompletionsBody:
+        """The body as it may be sent: of `provider` only what narrows the administrators' choice.
+
+        Raises:
+            InputError: a field that only administrators may set.
+        """
+        parameters = dict(self.parameters)
+        for name in _GUARDED_PARAMETERS.intersection(parameters):
+            approved = [_decoded(value) for value in rights.approved.get(name, ())]
+            value = _decoded(parameters[name])
+            if rights.is_admin or value in approved:
+                continue
+            if name == "provider":
+                parameters[name] = _stricter(
+                    _mapping(approved[0] if approved else None), _as_provider(name, value)
+                )
+            elif not _matches_any(name, rights.opened):
+                raise InputError(f"The parameter {name} can only be set by an administrator")
+        return self._replace(parameters=parameters)
+
+    @property
+    def unsent(self) -> tuple[str, ...]:
+        """The parameters that `/responses` does not have."""
+        return tuple(name for name in self.parameters if name not in _PARAMETERS)
+
+    @property
+    def wants_chat(self) -> bool:
+        """Whether one of them is known to `/chat/completions`."""
+        return any(name in self.parameters for name in _CHAT_ONLY_PARAMETERS)
 
 
 class ResponsesBody(NamedTuple):
@@ -2840,7 +3039,9 @@ class ResponsesBody(NamedTuple):
     left_out: Mapping[str, int] = types.MappingProxyType({})
 
     @classmethod
-    def from_completions(cls, body: CompletionsBody, spec: ModelSpec, *, offer_tools: bool) -> ResponsesBody:
+    def from_completions(
+        cls, body: CompletionsBody, spec: ModelSpec, settings: RequestSettings = _PLAIN_SETTINGS
+    ) -> ResponsesBody:
         """Translate a chat for the model `spec`; functions are offered if it takes them.
 
         Raises:
@@ -2852,22 +3053,23 @@ class ResponsesBody(NamedTuple):
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
         if history.instructions:
             payload["instructions"] = history.instructions
-        if spec.reasons:
-            payload["include"] = ["reasoning.encrypted_content"]
-            payload["reasoning"] = {"summary": "auto"}
         parameters = dict(body.parameters)
-        tools = _to_response_tools(body.tools) if offer_tools else []
+        tools = _to_response_tools(body.tools) if settings.offer_tools else []
         if tools and not spec.takes_tools:
             history.left_out["tool"], tools = len(tools), []
         if tools:
             payload["tools"] = tools
         else:
             parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
-        _set_parameters(payload, parameters, spec)
+        _set_parameters(payload, parameters)
+        _set_reasoning(payload, spec, settings)
+        _set_identity(payload, settings)
+        if settings.whole_output and spec.max_output:
+            payload.setdefault("max_output_tokens", spec.max_output)
         return cls(payload, history.notices(), history.left_out)
 
 
-_NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options", "metadata"})
+_NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options"})
 _TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
 
 
@@ -3098,6 +3300,176 @@ def _as_text(name: str, value: Any) -> str:
     return value
 
 
+def _as_word(name: str, value: Any) -> str:
+    """An id or name of 256 characters at most, as OpenRouter takes them."""
+    text = _as_text(name, value).strip()
+    if not 0 < len(text) <= 256:
+        raise InputError(f"The parameter {name} must have 1 to 256 characters")
+    return text
+
+
+def _decoded(value: Any) -> Any:
+    """A value that a form may have left as JSON text."""
+    if isinstance(value, str) and value.strip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return _json_loads(value)
+    return value
+
+
+def _without_nulls(value: Any) -> Any:
+    """`value` without what is null in its objects and lists: the API refuses many of them."""
+    if isinstance(value, Mapping):
+        return {str(key): _without_nulls(part) for key, part in value.items() if part is not None}
+    if isinstance(value, list):
+        return [_without_nulls(part) for part in value if part is not None]
+    return value
+
+
+def _as_object(name: str, value: Any) -> JSONObject:
+    value = _decoded(value)
+    if not isinstance(value, Mapping):
+        raise InputError(f"The parameter {name} must be an object")
+    return _without_nulls(value)
+
+
+def _as_list(name: str, value: Any) -> list[Any]:
+    value = _decoded(value)
+    if not isinstance(value, list):
+        raise InputError(f"The parameter {name} must be a list")
+    return _without_nulls(value)
+
+
+def _as_texts(name: str, value: Any) -> list[str]:
+    """A list of texts, or a comma list."""
+    value = value.split(",") if isinstance(value, str) and value.strip()[:1] != "[" else _as_list(name, value)
+    return [_as_text(name, text).strip() for text in value]
+
+
+def _as_objects(name: str, value: Any) -> list[JSONObject]:
+    return [_as_object(name, entry) for entry in _as_list(name, value)]
+
+
+def _as_plugins(name: str, value: Any) -> list[JSONObject]:
+    plugins = _as_objects(name, value)
+    if not all(isinstance(plugin.get("id"), str) for plugin in plugins):
+        raise InputError(f"Each entry of the parameter {name} needs an id")
+    return plugins
+
+
+def _as_transforms(name: str, value: Any) -> list[JSONObject]:
+    """`middle-out`, the only one there was, is a plugin now (reference §3)."""
+    return [{"id": "context-compression"}] if "middle-out" in _as_texts(name, value) else []
+
+
+def _as_modalities(name: str, value: Any) -> list[str]:
+    chosen = _as_texts(name, value)
+    if not set(chosen) <= {"text", "image"}:
+        raise InputError(f"The parameter {name} may hold text and image only")
+    return chosen
+
+
+def _as_metadata(name: str, value: Any) -> dict[str, str]:
+    """At most 16 pairs of texts, keys of 64 and values of 512 characters (reference §3)."""
+    pairs = _as_object(name, value)
+    for key, text in pairs.items():
+        if not isinstance(text, str) or len(text) > 512 or len(key) > 64 or not {"[", "]"}.isdisjoint(key):
+            raise InputError(f"The parameter {name} may hold texts of up to 512 characters under short names")
+    if len(pairs) > 16:
+        raise InputError(f"The parameter {name} may hold 16 entries at most")
+    return pairs
+
+
+def _as_provider(name: str, value: Any) -> JSONObject:
+    """Provider preferences: a closed object, one unknown field and OpenRouter refuses all (reference §5)."""
+    wanted = _as_object(name, value)
+    for field, chosen in wanted.items():
+        if field not in _PROVIDER_FIELDS:
+            raise InputError(f"The parameter {name} has no field “{field[:40]}”")
+        kind, words = _PROVIDER_FIELDS[field]
+        if not isinstance(chosen, kind):
+            raise InputError(f"In the parameter {name} {field} must be {words}")
+    if "max_price" in wanted:
+        wanted["max_price"] = {unit: str(price) for unit, price in wanted["max_price"].items()}
+    return wanted
+
+
+_SWITCH: Final = (bool, "true or false")
+_NAMES: Final = (list, "a list")
+# field -> (what it may be, in words)
+_PROVIDER_FIELDS: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
+    **dict.fromkeys(("allow_fallbacks", "require_parameters", "zdr", "enforce_distillable_text"), _SWITCH),
+    **dict.fromkeys(("order", "only", "ignore", "quantizations"), _NAMES),
+    "data_collection": (str, "allow or deny"),
+    "sort": ((str, dict), "price, throughput, latency or an object"),
+    "max_price": (dict, "an object"),
+    **dict.fromkeys(("preferred_max_latency", "preferred_min_throughput"), ((int, float, dict), "a number")),
+}
+
+
+def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any]) -> JSONObject:
+    """Provider preferences of a person, as far as they narrow those of the administrators.
+
+    Raises:
+        InputError: nothing would be left to choose from.
+    """
+    merged = dict(_without_nulls(admins))
+    for field, value in wanted.items():
+        narrow = _NARROWINGS.get(field)
+        if narrow is None:
+            merged.setdefault(field, value)
+        elif (narrower := narrow(merged.get(field), value)) is not None:
+            merged[field] = narrower
+        if field in ("only", "quantizations") and not merged.get(field):
+            raise InputError(
+                f"None of the {field} you chose for provider is one that an administrator allows"
+            )
+    return merged
+
+
+def _both(admins: Any, wanted: Any) -> Any:
+    return wanted if admins is None else [name for name in wanted if name in admins]
+
+
+def _cheaper(admins: Any, wanted: Mapping[str, str]) -> JSONObject:
+    prices = dict(_mapping(admins))
+    for unit, price in wanted.items():
+        prices[unit] = min(str(prices.get(unit, price)), price, key=_price_order)
+    return prices
+
+
+def _price_order(price: str) -> float:
+    try:
+        return float(price)
+    except ValueError:
+        return math.inf
+
+
+# field of `provider` -> (the administrators' value or None, the person's) -> the one that counts, or None
+_NARROWINGS: Final[dict[str, Callable[[Any, Any], Any]]] = {
+    **dict.fromkeys(
+        ("zdr", "require_parameters", "enforce_distillable_text"), lambda admins, wanted: wanted or admins
+    ),
+    "allow_fallbacks": lambda admins, wanted: wanted and admins is not False,
+    "data_collection": lambda admins, wanted: "deny" if wanted == "deny" else admins,
+    "only": _both,
+    "quantizations": _both,
+    "ignore": lambda admins, wanted: [
+        *(admins or ()),
+        *(name for name in wanted if name not in (admins or ())),
+    ],
+    "max_price": _cheaper,
+}
+
+
+def _as_reasoning(name: str, value: Any) -> JSONObject:
+    wanted = _as_object(name, value)
+    unknown = wanted.keys() - {"effort", "max_tokens", "summary", "enabled", "mode", "context", "exclude"}
+    if unknown:
+        raise InputError(f"The parameter {name} has no field “{min(unknown)[:40]}”")
+    wanted.pop("exclude", None)  # chat's; here nothing is shown that nobody wants to see
+    return wanted
+
+
 def _as_tool_choice(name: str, value: Any) -> Any:
     """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
     function = _mapping(_mapping(value).get("function"))
@@ -3106,43 +3478,103 @@ def _as_tool_choice(name: str, value: Any) -> Any:
 
 def _as_text_format(name: str, value: Any) -> JSONObject:
     """`response_format` of chat becomes the flat `text.format`."""
-    if not isinstance(value, Mapping):
-        raise InputError(f"The parameter {name} must be an object")
-    schema = value.get("json_schema")
-    if value.get("type") != "json_schema" or not isinstance(schema, Mapping):
-        return dict(value)
+    wanted = _as_object(name, value)
+    schema = wanted.get("json_schema")
+    if wanted.get("type") != "json_schema" or not isinstance(schema, Mapping):
+        return wanted
     known = {key: schema[key] for key in ("name", "schema", "strict", "description") if key in schema}
     return {"type": "json_schema", **known}
 
 
-# chat parameter -> (where it goes, how its value is read); what has no row is not sent
+# chat parameter -> (where it goes, how its value is read); what has no row is not sent.
+# What goes to the same place is joined; of two single values the later row wins.
 _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]] = {
     "temperature": (("temperature",), _as_number),
     "top_p": (("top_p",), _as_number),
     "top_k": (("top_k",), _as_integer),
     "frequency_penalty": (("frequency_penalty",), _as_number),
     "presence_penalty": (("presence_penalty",), _as_number),
+    "top_logprobs": (("top_logprobs",), _as_integer),
     "max_tokens": (("max_output_tokens",), _as_integer),
     "max_completion_tokens": (("max_output_tokens",), _as_integer),
     "num_predict": (("max_output_tokens",), _as_integer),
+    "max_output_tokens": (("max_output_tokens",), _as_integer),
+    "reasoning": (("reasoning",), _as_reasoning),
     "reasoning_effort": (("reasoning", "effort"), _as_text),
     "verbosity": (("text", "verbosity"), _as_text),
     "response_format": (("text", "format"), _as_text_format),
     "tool_choice": (("tool_choice",), _as_tool_choice),
     "parallel_tool_calls": (("parallel_tool_calls",), _as_switch),
+    "max_tool_calls": (("max_tool_calls",), _as_integer),
+    "stop_server_tools_when": (("stop_server_tools_when",), _as_objects),
+    "models": (("models",), _as_texts),
+    "provider": (("provider",), _as_provider),
+    "plugins": (("plugins",), _as_plugins),
+    "transforms": (("plugins",), _as_transforms),
+    "modalities": (("modalities",), _as_modalities),
+    "image_config": (("image_config",), _as_object),
+    "service_tier": (("service_tier",), _as_word),
+    "truncation": (("truncation",), _as_word),
+    "cache_control": (("cache_control",), _as_object),
+    "prompt_cache_key": (("prompt_cache_key",), _as_word),
+    "prompt_cache_options": (("prompt_cache_options",), _as_object),
+    "session_id": (("session_id",), _as_word),
+    "user": (("user",), _as_word),
+    "safety_identifier": (("safety_identifier",), _as_word),
+    "metadata": (("metadata",), _as_metadata),
+    "trace": (("trace",), _as_object),
 }
+# What costs, says who somebody is, or leads to other models: set by administrators, or opened by them.
+_GUARDED_PARAMETERS: Final = frozenset(
+    {
+        *("models", "provider", "plugins", "service_tier", "session_id", "user"),
+        *("safety_identifier", "metadata", "trace", "stop_server_tools_when"),
+    }
+)
 
 
-def _set_parameters(payload: JSONObject, parameters: Mapping[str, Any], spec: ModelSpec) -> None:
+def _set_parameters(payload: JSONObject, parameters: Mapping[str, Any]) -> None:
     """Put the chat's parameters where `/responses` wants them (reference §3); None is not sent."""
     for name, (path, convert) in _PARAMETERS.items():
-        value = parameters.get(name)
-        if value is None or (path[0] == "reasoning" and not spec.reasons):
+        if parameters.get(name) is None:
             continue
+        value = convert(name, parameters[name])
         target = payload
         for step in path[:-1]:
             target = target.setdefault(step, {})
-        target[path[-1]] = convert(name, value)
+        old = target.get(path[-1])
+        if isinstance(old, list) and isinstance(value, list):
+            value = [*old, *value]
+        if value not in ([], {}):
+            target[path[-1]] = value
+
+
+def _set_reasoning(payload: JSONObject, spec: ModelSpec, settings: RequestSettings) -> None:
+    """What is asked for of a model that thinks; a task has nobody who would read it."""
+    asked = payload.pop("reasoning", {})
+    if not spec.reasons:
+        return
+    if settings.is_task:
+        payload["reasoning"] = {"effort": "none"}
+        return
+    if settings.effort and "effort" not in asked and "max_tokens" not in asked:
+        asked["effort"] = settings.effort
+    summary = {} if settings.summary == "off" else {"summary": settings.summary}
+    payload["reasoning"] = summary | asked
+    payload["include"] = ["reasoning.encrypted_content"]
+
+
+def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
+    """Who and what this is, for caches and against abuse (reference §3); what a chat sets itself wins."""
+    named = {"session_id": settings.session_id, "user": settings.user, "safety_identifier": settings.user}
+    for name, text in named.items():
+        if text:
+            payload.setdefault(name, text)
+    if settings.metadata:
+        payload["metadata"] = {**settings.metadata, **payload.get("metadata", {})}
+    if settings.cache_ttl:
+        longer = {} if settings.cache_ttl == "5m" else {"ttl": settings.cache_ttl}
+        payload.setdefault("cache_control", {"type": "ephemeral", **longer})
 
 
 def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
@@ -3153,7 +3585,7 @@ def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
         if tool.get("type") != "function" or not function.get("name"):
             continue
         parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        entry = {"type": "function", "name": function["name"], "parameters": parameters, "strict": None}
+        entry = {"type": "function", "name": function["name"], "parameters": parameters}
         if function.get("description"):
             entry["description"] = function["description"]
         flat.append(entry)
@@ -3171,11 +3603,11 @@ _CHAT_ONLY_PARAMETERS: Final = (
     "repetition_penalty",
     "logit_bias",
     "logprobs",
-    "top_logprobs",
 )
 _SHARED_PARAMETERS: Final = (
-    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty"),
-    *("parallel_tool_calls", "modalities"),
+    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
+    *("parallel_tool_calls", "modalities", "models", "provider", "plugins", "image_config", "service_tier"),
+    *("session_id", "user", "metadata", "trace"),
 )
 
 
@@ -5824,6 +6256,7 @@ class TurnLoop:
         self._host = host
         self._env = env
         self._clock = clock
+        self._told: set[str] = set()  # names of parameters that the log has
 
     async def run(self, job: _PipeJob) -> None:
         """Answer `job`; a failure is written into its outlet."""
@@ -5867,24 +6300,68 @@ class TurnLoop:
             raise ConfigurationError(
                 "This entry only says what is missing. Please choose a model, or reload the page."
             )
-        body = CompletionsBody.parse(request.body)
+        self._check_model(request)
+        body = await self._within_rights(CompletionsBody.parse(request.body), job)
         spec = await self._registry.get(connection, request.model, CatalogChoice.of(job.valves))
-        translated = ResponsesBody.from_completions(
-            body, spec, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
+        settings = _request_settings(
+            job.valves, request, spec, self._env.secret, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
-        if translated.left_out:
-            LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
+        translated = ResponsesBody.from_completions(body, spec, settings)
+        self._log_unsent(job, body, translated)
         await job.emitter.send([Notice(text) for text in translated.notices])
         if "tool" in translated.left_out and request.chose_tools:
             await job.emitter.send((Notice(_TOOLS_LEFT_OUT),))
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
-        upstream = _upstream_request(self._registry.fit(translated.payload, spec), body, job.valves)
+        payload = self._registry.fit(translated.payload, spec)
+        upstream = _upstream_request(payload, body, job.valves)
+        connection = _with_beta_headers(connection, payload, spec)
         limits = QueueLimits(
             job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
             job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
             job.valves.SSE_WORKERS_PER_REQUEST,
         )
         await self._engine.stream(connection, upstream, job.emitter.send, policy, limits)
+
+    def _check_model(self, request: ChatRequest) -> None:
+        """Refuse a model that another parameter of the chat has put in the place of the picked one.
+
+        Open WebUI checks who may use the model that was picked, but lets a custom parameter replace it.
+
+        Raises:
+            InputError: it is another model, and the person is no administrator.
+        """
+        named = str(request.body.get("model") or "")
+        known = (request.picked_model, request.base_model)
+        if request.picked_model and named not in known and not request.is_admin and request.dialect != "task":
+            raise InputError("Another model than the chosen one cannot be asked for by a parameter")
+
+    async def _within_rights(self, body: CompletionsBody, job: _PipeJob) -> CompletionsBody:
+        """The body with nothing in it that this person may not set.
+
+        Raises:
+            InputError: there is something, said in words.
+        """
+        request = job.request
+        if not body.is_guarded or request.is_admin:
+            return body
+        approved = await self._host.admin_params((request.picked_model, str(request.body.get("model") or "")))
+        rights = RequestRights(request.is_admin, job.valves.USER_REQUEST_FIELDS, approved)
+        allowed = body.within(rights)
+        models = allowed.parameters.get("models")
+        if models is not None and models not in approved.get("models", ()):
+            prefix = str(request.body.get("model") or "").removesuffix(request.model)
+            for model in _as_texts("models", models):
+                if not await self._host.may_use(request.user_id, prefix + model):
+                    raise InputError(f"The model {model[:80]} of the parameter models is not one of yours")
+        return allowed
+
+    def _log_unsent(self, job: _PipeJob, body: CompletionsBody, translated: ResponsesBody) -> None:
+        if translated.left_out:
+            LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
+        news = [name for name in body.unsent if name not in self._told]
+        if news and len(self._told) < _MOST_TOLD:
+            self._told.update(news)
+            LOGGER.info("Not sent, because /responses does not have it: %s", ", ".join(map(str, news)))
 
     def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
         usage = job.emitter.usage()
@@ -5907,11 +6384,21 @@ def _upstream_request(payload: JSONObject, body: CompletionsBody, valves: Valves
     def chat_body() -> JSONObject:
         return _to_chat_body(payload, body.parameters)
 
-    if _matches_any(body.model, valves.FORCE_CHAT_COMPLETIONS_MODELS):
+    wanted = valves.UNSUPPORTED_PARAMETERS == "use_chat_completions" and body.wants_chat
+    if wanted or _matches_any(body.model, valves.FORCE_CHAT_COMPLETIONS_MODELS):
         return UpstreamRequest(chat_body(), CHAT)
     return UpstreamRequest(payload, RESPONSES, chat_body)
 
 
+def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelSpec) -> Connection:
+    """Claude thinks between its calls only if it is asked to (reference §2)."""
+    if spec.vendor != "anthropic" or not payload.get("tools") or "reasoning" not in payload:
+        return connection
+    return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
+
+
+_INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
+_MOST_TOLD: Final = 1000
 # Those that the host offers with every chat are not missed; those that a person has chosen are.
 _TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.
@@ -6215,6 +6702,8 @@ def _capture(
         message_id=message_id,
         user_id=str(user.get("id") or ""),
         is_admin=user.get("role") == "admin",
+        picked_model=str(_mapping(metadata.get("model")).get("id") or ""),
+        base_model=str(_mapping(_mapping(metadata.get("model")).get("info")).get("base_model_id") or ""),
         chose_tools=bool(metadata.get("tool_ids") or metadata.get("tool_servers")),
         user_valves=user.get("valves"),
         event_emitter=emitter,

@@ -283,7 +283,7 @@ POLICY: Final = RetryPolicy(attempts=3, longest_wait_s=30.0)
 def request_for(body: Json, spec: ModelSpec = PLAIN, **valves: Any) -> UpstreamRequest:
     """The request that a chat becomes."""
     parsed = CompletionsBody.parse(body)
-    payload = ResponsesBody.from_completions(parsed, spec, offer_tools=True).payload
+    payload = ResponsesBody.from_completions(parsed, spec).payload
     return _upstream_request(payload, parsed, Valves(**valves))
 
 
@@ -1259,7 +1259,7 @@ PARAMETERS: Final[list[tuple[Json, Json]]] = [
     ({"tool_choice": "required", "parallel_tool_calls": True}, {}),
     ({"reasoning_effort": "high"}, {}),
     (dict.fromkeys(("temperature", "max_tokens", "stop", "seed", "logit_bias", "response_format")), {}),
-    ({"provider": {}, "user": "u", "store": True, "chat_id": "c", "new": 1}, {}),
+    ({"provider": {}, "store": True, "chat_id": "c", "new": 1}, {}),
 ]
 
 

@@ -22,6 +22,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     InputError,
     ModelSpec,
     ReasoningSpec,
+    RequestSettings,
     ResponsesBody,
 )
 
@@ -46,7 +47,8 @@ def validator() -> Draft202012Validator:
 
 
 def translate(body: Json, spec: ModelSpec = PLAIN, *, offer_tools: bool = True) -> ResponsesBody:
-    return ResponsesBody.from_completions(CompletionsBody.parse(body), spec, offer_tools=offer_tools)
+    settings = RequestSettings(offer_tools=offer_tools)
+    return ResponsesBody.from_completions(CompletionsBody.parse(body), spec, settings)
 
 
 def translate_or_refuse(body: Json, spec: ModelSpec) -> ResponsesBody | InputError:
@@ -154,9 +156,7 @@ def test_the_model_as_the_host_names_it(model: Any, upstream: str) -> None:
 
 
 def test_what_is_no_parameter_stays_behind() -> None:
-    body = chat(
-        HELLO, stream=True, stream_options={"include_usage": True}, metadata={"a": 1}, tools=[], top_p=1
-    )
+    body = chat(HELLO, stream=True, stream_options={"include_usage": True}, tools=[], seed=None, top_p=1)
     assert CompletionsBody.parse(body).parameters == {"top_p": 1}
 
 
@@ -522,8 +522,8 @@ PARAMETERS: Final[list[tuple[Json, Json]]] = [
     ({"reasoning_effort": "high"}, {}),
     ({"tool_choice": "auto", "parallel_tool_calls": True}, {}),
     ({"stop": ["x"], "seed": 1, "min_p": 0.1, "logit_bias": {}, "repetition_penalty": 1}, {}),
-    ({"models": ["a/b"], "provider": {}, "plugins": [], "preset": "p", "user": "u", "store": True}, {}),
-    ({"previous_response_id": "r", "background": True, "debug": {}, "chat_id": "c", "session_id": "s"}, {}),
+    ({"provider": {}, "plugins": [], "transforms": [], "preset": "p", "store": True}, {}),
+    ({"previous_response_id": "r", "background": True, "debug": {}, "chat_id": "c"}, {}),
 ]
 
 
@@ -615,7 +615,6 @@ FLAT: Final[Json] = {
     "name": "get_weather",
     "description": "Weather.",
     "parameters": SCHEMA,
-    "strict": None,
 }
 
 
@@ -638,7 +637,7 @@ def test_tools(tools: Any, expected: list[Json] | None) -> None:
     payload = translate(chat(HELLO, tools=tools)).payload
     validator().validate(payload)
     empty = {"type": "object", "properties": {}}
-    wanted = [{"type": "function", "parameters": empty, "strict": None} | tool for tool in expected or ()]
+    wanted = [{"type": "function", "parameters": empty} | tool for tool in expected or ()]
     assert payload.get("tools") == (wanted or None)
 
 

@@ -86,7 +86,7 @@ BROAD_EXCEPT: Final[dict[str, str]] = {
     "background service": "ModelPublisher._catch_up",
     "Redis call": "",
     "runtime close": "",
-    "host call": "OpenWebUIHost.chat_cost",
+    "host call": "_host_answer",
     "service task": "",
     "Pipe.pipes": "Pipe.pipes",
 }

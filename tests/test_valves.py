@@ -84,12 +84,23 @@ ROWS: Final[dict[str, Row]] = {
     "SSE_WORKERS_PER_REQUEST": Row("integer", 2, 1, 8),
     "FORCE_CHAT_COMPLETIONS_MODELS": Row("string", ""),
     "ERROR_TEMPLATES": Row("string", ""),
+    "REASONING_EFFORT": Row(
+        "string", "", choices=("", "none", "minimal", "low", "medium", "high", "xhigh", "max")
+    ),
+    "REASONING_SUMMARY": Row("string", "auto", choices=("auto", "concise", "detailed", "off")),
+    "USE_MODEL_MAX_OUTPUT_TOKENS": Row("boolean", False),
+    "UNSUPPORTED_PARAMETERS": Row("string", "drop", choices=("drop", "use_chat_completions")),
+    "USER_REQUEST_FIELDS": Row("string", ""),
+    "PROMPT_CACHING": Row("string", "auto", choices=("auto", "off")),
+    "PROMPT_CACHE_TTL": Row("string", "5m", choices=("5m", "1h")),
+    "SEND_IDENTIFIERS": Row("string", "hashed", choices=("none", "hashed", "plain")),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
     "STREAMING_UPDATE_PROFILE": ("inherit", *PROFILES),
     "STREAMING_UPDATE_CHAR_LIMIT": (),
     "STREAMING_IDLE_FLUSH_MS": (),
+    "REASONING_EFFORT": ("inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "SHOW_THINKING": ("inherit", "on", "off"),
     "SHOW_FINAL_USAGE_STATUS": ("inherit", "on", "off"),
 }
