@@ -62,6 +62,7 @@ import sys
 import time
 import types
 import weakref
+import zlib
 from collections import deque
 from collections.abc import (
     AsyncGenerator,
@@ -81,7 +82,11 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from cryptography.exceptions import InvalidTag
 from cryptography.fernet import Fernet, InvalidToken
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 from pydantic import (
     BaseModel,
     Field,
@@ -124,6 +129,8 @@ _CATALOG_TIMEOUT_S: Final = 30.0
 _CATALOG_WAIT_S: Final = 5.0  # what a page load or a chat waits for the very first catalog
 _MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
 _MAX_ERROR_BYTES: Final = 256 * 1024
+_MAX_CARRIER_CHARS: Final = 64 * 1024  # of reasoning that rides with a message in the host's own history
+_MAX_RECORD_BYTES: Final = 1024 * 1024  # of the same, opened
 _MAX_WORDS_CHARS: Final = 600  # of what a provider says about its error
 _LARGE_BODY_BYTES: Final = 1024 * 1024
 _HEAVY_FRAME_BYTES: Final = 256 * 1024  # decoded in a thread
@@ -459,6 +466,23 @@ class RequestSettings(NamedTuple):
     user: str = ""
     metadata: Mapping[str, str] = types.MappingProxyType({})
     cache_ttl: str = ""
+    replay: Literal["off", "next_reply", "conversation"] = "conversation"
+
+
+TurnEntries = Sequence[Mapping[str, Any]]  # one upstream call's output in order, see `TurnRecord`
+
+
+class IntakePlan(NamedTuple):
+    """What a history needs from elsewhere before it can be translated: the records that ride with it."""
+
+    sealed: tuple[str, ...] = ()
+
+
+class Intake(NamedTuple):
+    """What could be had of a plan: records by their sealed text."""
+
+    records: Mapping[str, TurnEntries] = types.MappingProxyType({})
+    takes_unsealed: bool = False  # the server has no secret, so nothing could be sealed
 
 
 class Fetched(NamedTuple):
@@ -596,6 +620,13 @@ class TurnEnded(NamedTuple):
     reason: str = ""
 
 
+class CarrierReady(NamedTuple):
+    """What the host is to keep with the reasoning item `item`, and hands back with the message."""
+
+    item: int
+    details: list[JSONObject]
+
+
 class Failed(NamedTuple):
     """The request failed; nothing follows. `log`: its lines, for whoever may read them."""
 
@@ -616,6 +647,7 @@ Emission = (
     | MediaProduced
     | UsageReported
     | TurnEnded
+    | CarrierReady
     | Failed
 )
 Sink = Callable[[Sequence[Emission]], Awaitable[None]]
@@ -643,7 +675,8 @@ _NOTHING_TO_AWAIT: Final = _NothingToAwait()
 # ├─ InputError                 the request cannot be translated
 # ├─ OpenRouterAPIError         OpenRouter refused, with its own words
 # │  └─ _RetryableHTTPStatusError   the same, and trying again may help
-# └─ StreamError                the stream was malformed, cut or failed
+# ├─ StreamError                the stream was malformed, cut or failed
+# └─ StorageError               what was kept cannot be read
 
 
 _UPDATED: Final = "This function has just been updated. Please send the message again"
@@ -709,6 +742,10 @@ class OpenRouterAPIError(PipeError):
 
 class _RetryableHTTPStatusError(OpenRouterAPIError):
     """An error that another try may cure: 408, 429, 5xx, or `retryable` in the body."""
+
+
+class StorageError(PipeError):
+    """What was kept cannot be read, or cannot be kept; an answer never fails of it."""
 
 
 class StreamError(PipeError):
@@ -1117,6 +1154,43 @@ def _fernet_key(secret: str) -> bytes:
     return base64.urlsafe_b64encode(hashlib.sha256(f"openrouter-responses-pipe:{secret}".encode()).digest())
 
 
+class ArtifactCipher:
+    """Seals what is kept with a chat (AES-256-GCM), bound to its owner; without a secret it seals nothing."""
+
+    def __init__(self, secret: str, pipe_id: str) -> None:
+        self._secret = secret
+        self._info = f"openrouter-responses-pipe artifacts {pipe_id}".encode()
+
+    @functools.cached_property
+    def _aead(self) -> AESGCM:
+        key = HKDF(hashes.SHA256(), 32, salt=None, info=self._info).derive(self._secret.encode())
+        return AESGCM(key)
+
+    @property
+    def can_seal(self) -> bool:
+        """Whether there is a secret."""
+        return bool(self._secret)
+
+    def seal(self, data: bytes, owner: str) -> str:
+        """`data`, compressed and sealed, as text that only `owner`'s requests can open."""
+        nonce = secrets.token_bytes(12)
+        sealed = self._aead.encrypt(nonce, zlib.compress(data, 1), owner.encode())
+        return base64.urlsafe_b64encode(nonce + sealed).decode()
+
+    def open(self, text: str, owner: str) -> bytes:
+        """What `seal` was given.
+
+        Raises:
+            StorageError: it was sealed by or for somebody else, with another secret, or not at all.
+        """
+        try:
+            raw = base64.urlsafe_b64decode(text)
+            opened = self._aead.decrypt(raw[:12], raw[12:], owner.encode())
+        except (InvalidTag, ValueError):
+            raise StorageError("Kept reasoning could not be opened") from None
+        return zlib.decompressobj().decompress(opened, _MAX_RECORD_BYTES)
+
+
 def _header_value(text: str) -> str:
     """`text` as an HTTP header may carry it: printable ASCII, everything else dropped."""
     return "".join(char for char in text if " " <= char <= "~").strip()
@@ -1427,6 +1501,10 @@ class _RequestValves(_StreamingValves):
     REASONING_SUMMARY: Literal["auto", "concise", "detailed", "off"] = Field(
         default="auto", description="The summary of its thinking that a model is asked for."
     )
+    PERSIST_REASONING: Literal["off", "next_reply", "conversation"] = Field(
+        default="conversation",
+        description="How long models get their own earlier thinking back: never, for one reply, or always.",
+    )
     USE_MODEL_MAX_OUTPUT_TOKENS: bool = Field(
         default=False,
         description="Ask for as many output tokens as the model can write, where a chat does not say.",
@@ -1484,6 +1562,10 @@ class UserValves(_LenientModel):
     REASONING_EFFORT: Literal["inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = Field(
         default="inherit", description="How long models think, where the chat does not say."
     )
+    PERSIST_REASONING: Literal["inherit", "off", "next_reply"] = Field(
+        default="inherit",
+        description="Give the model its earlier thinking back: never, or for one reply only.",
+    )
     SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
         default="inherit", description="Show the model's reasoning."
     )
@@ -1493,6 +1575,7 @@ class UserValves(_LenientModel):
 
 
 _SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
+_SWITCH_VALVES: Final = frozenset({"SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS"})
 
 
 def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
@@ -1507,7 +1590,9 @@ def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
             continue
         if name == "API_KEY" and not valves.ALLOW_USER_API_KEYS:
             continue
-        value = _SWITCHES.get(value, value) if isinstance(value, str) else value
+        value = _SWITCHES.get(value, value) if name in _SWITCH_VALVES else value
+        if name == "PERSIST_REASONING" and valves.PERSIST_REASONING == "off":
+            continue  # a person may only keep less
         clamped = _clamp(Valves.model_fields[name], value)
         changes[name] = value if clamped is None else clamped
     return valves.model_copy(update=changes) if changes else valves
@@ -1577,6 +1662,7 @@ def _request_settings(
         user=ids.get("user", ""),
         metadata={"chat_id": ids["chat"]} if ids.get("chat") else {},
         cache_ttl=valves.PROMPT_CACHE_TTL if caches else "",
+        replay=valves.PERSIST_REASONING,
     )
 
 
@@ -2959,6 +3045,7 @@ _PUBLISH_WAIT_S: Final = 1.0
 
 
 _PLAIN_SETTINGS: Final = RequestSettings()
+_NOTHING_TAKEN_IN: Final = Intake()
 
 
 class CompletionsBody(NamedTuple):
@@ -3040,14 +3127,18 @@ class ResponsesBody(NamedTuple):
 
     @classmethod
     def from_completions(
-        cls, body: CompletionsBody, spec: ModelSpec, settings: RequestSettings = _PLAIN_SETTINGS
+        cls,
+        body: CompletionsBody,
+        spec: ModelSpec,
+        settings: RequestSettings = _PLAIN_SETTINGS,
+        intake: Intake = _NOTHING_TAKEN_IN,
     ) -> ResponsesBody:
         """Translate a chat for the model `spec`; functions are offered if it takes them.
 
         Raises:
             InputError: nothing is left to send, or a parameter has a value of the wrong kind.
         """
-        history = _transform_messages_to_input(body.messages, spec)
+        history = _transform_messages_to_input(body.messages, spec, settings.replay, intake)
         if not history.items:
             raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
@@ -3117,7 +3208,23 @@ class _History:
         return _unique_id(call_id, self._used_ids)
 
 
-def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: ModelSpec) -> _History:
+def plan_intake(messages: Sequence[Mapping[str, Any]]) -> IntakePlan:
+    """What the history needs before it can be translated; nothing is fetched here."""
+    sealed = [
+        detail["sealed"]
+        for message in messages
+        for detail in _objects(message.get("reasoning_details"))
+        if detail.get("type") == _CARRIER and 0 < len(_text_of(detail, "sealed")) <= _MAX_CARRIER_CHARS
+    ]
+    return IntakePlan(tuple(dict.fromkeys(sealed)))
+
+
+def _transform_messages_to_input(
+    messages: Sequence[Mapping[str, Any]],
+    spec: ModelSpec,
+    replay: str = "conversation",
+    intake: Intake = _NOTHING_TAKEN_IN,
+) -> _History:
     """Translate chat messages to input items (reference §4), in their order.
 
     System messages at the head become the instructions; a call without its output, or an output
@@ -3126,6 +3233,7 @@ def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: Mo
     history = _History()
     history.instructions, rest = _extract_system_prompt(messages)
     open_calls: dict[str, str] = {}
+    replay_from = _replay_from(rest, replay) if spec.reasons else len(rest)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
         if role == "tool":
@@ -3135,10 +3243,24 @@ def _transform_messages_to_input(messages: Sequence[Mapping[str, Any]], spec: Mo
         if build is None:
             history.leave_out("role")
             continue
+        calls = _answered_calls(history, message, rest[position + 1 :]) if message.get("tool_calls") else []
+        entries = _entries_of(message, intake) if role == "assistant" and position >= replay_from else []
+        if entries and _add_replayed(history, _plain_text(message.get("content")), calls, entries):
+            open_calls = {call.call_id: sent for call, sent in calls}
+            continue
         build(history, message, spec)
-        if message.get("tool_calls"):
-            open_calls = _add_calls(history, message, rest[position + 1 :])
+        if calls:
+            open_calls = {call.call_id: sent for call, sent in calls}
+            history.items += [_call_item(call, sent) for call, sent in calls]
     return history
+
+
+def _replay_from(messages: Sequence[Mapping[str, Any]], replay: str) -> int:
+    """The place from which on the model gets its reasoning back; `next_reply`: that of the last reply."""
+    if replay == "off":
+        return len(messages)
+    asked = [number for number, message in enumerate(messages) if message.get("role") == "user"]
+    return asked[-2] if replay == "next_reply" and len(asked) > 1 else 0
 
 
 def _extract_system_prompt(
@@ -3188,10 +3310,43 @@ def _add_system(history: _History, message: Mapping[str, Any], spec: ModelSpec) 
 
 
 def _add_assistant(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    text = _plain_text(message.get("content"))
+    _add_answer(history, _plain_text(message.get("content")))
+
+
+def _add_answer(history: _History, text: str, phase: str = "") -> None:
+    """An earlier answer; the easy form needs neither the id nor the status that the full form asks for."""
+    text = _clean_answer(text)
     if text.strip():
-        # The easy form needs neither the id nor the status that the full form asks for.
-        history.items.append({"type": "message", "role": "assistant", "content": text})
+        item: JSONObject = {"type": "message", "role": "assistant", "content": text}
+        history.items.append({**item, "phase": phase} if phase else item)
+
+
+def _clean_answer(text: str) -> str:
+    """An answer as the model wrote it: without marks of other pipes and what was only shown."""
+    if "]: #" in text:
+        text = _MARKER_LINE_RE.sub("", text)
+    if "<details" in text:
+        text = _without_blocks(text, _DETAILS_RE, "</details>")
+    if "<think>" in text:
+        text = _without_blocks(text, _THINK_RE, "</think>")
+    return text
+
+
+def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
+    """`text` without the blocks that begin so and come to their end."""
+    kept, position = [], 0
+    while match := begins.search(text, position):
+        close = text.find(end, match.end())
+        if close < 0:
+            break
+        kept.append(text[position : match.start()])
+        position = close + len(end)
+    return "".join([*kept, text[position:].lstrip("\n") if kept else text])
+
+
+_MARKER_LINE_RE: Final = re.compile(r"^[ \t]*\[[0-9A-HJKMNP-TV-Z]{26}\]: #[^\n]*(?:\n|\Z)", re.MULTILINE)
+_DETAILS_RE: Final = re.compile(r'<details\s[^>]*type="(?:reasoning|tool_calls|code_interpreter)"[^>]*>')
+_THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
 
 
 _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
@@ -3202,34 +3357,32 @@ _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec
 }
 
 
-def _add_calls(
+def _answered_calls(
     history: _History, message: Mapping[str, Any], following: Sequence[Mapping[str, Any]]
-) -> dict[str, str]:
-    """Add the calls of an assistant message that have an output right after it.
-
-    Returns the ids that outputs will name, each with the id that was sent.
-    """
+) -> list[tuple[ToolCall, str]]:
+    """The calls of an assistant message that have an output right after it, each with the id that is sent."""
     answered: set[str] = set()
     for later in following:
         if later.get("role") != "tool":
             break
         answered.add(str(later.get("tool_call_id") or ""))
-    sent: dict[str, str] = {}
+    found: dict[str, tuple[ToolCall, str]] = {}
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:
         function = _mapping(_mapping(call).get("function"))
         call_id, name = str(_mapping(call).get("id") or ""), str(function.get("name") or "")
-        if not call_id or not name or call_id not in answered or call_id in sent:
+        if not call_id or not name or call_id not in answered or call_id in found:
             history.leave_out("unanswered call")
             continue
-        sent[call_id] = history.unique_call_id(call_id)
         arguments = function.get("arguments") or "{}"
         if not isinstance(arguments, str):
             arguments = _json_dumps(arguments).decode()
-        history.items.append(
-            {"type": "function_call", "call_id": sent[call_id], "name": name, "arguments": arguments}
-        )
-    return sent
+        found[call_id] = (ToolCall(call_id, name, arguments), history.unique_call_id(call_id))
+    return list(found.values())
+
+
+def _call_item(call: ToolCall, sent_id: str) -> JSONObject:
+    return {"type": "function_call", "call_id": sent_id, **call.function()}
 
 
 def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: dict[str, str]) -> None:
@@ -3239,6 +3392,231 @@ def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: 
         return
     output = _plain_text(message.get("content"))
     history.items.append({"type": "function_call_output", "call_id": call_id, "output": output})
+
+
+# Reasoning that goes back to the model as it came
+
+
+_CARRIER: Final = "openrouter_responses_pipe"
+# kind of thing a record holds -> of which key; what an entry of a record is, is said by its one key
+_REASONING_FIELDS: Final[dict[str, type]] = {
+    **dict.fromkeys(("id", "encrypted_content", "signature", "format", "status"), str),
+    **dict.fromkeys(("summary", "content"), list),
+}
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "replace")).hexdigest()[:16]
+
+
+class TurnRecord:
+    """The output of one upstream call in its order: reasoning verbatim, of the rest what finds it again.
+
+    An entry is `{"reasoning": item}`, `{"message": digest, "chars": n, "phase": word}` or `{"call": id}`.
+    """
+
+    __slots__ = ("_entries",)
+
+    def __init__(self) -> None:
+        self._entries: dict[int, JSONObject] = {}
+
+    def note(self, emission: Emission) -> None:
+        """Remember what belongs into the record; anything else is passed over."""
+        if isinstance(emission, ToolRequested):
+            self._entries[emission.item] = {"call": emission.call.call_id}
+        elif isinstance(emission, ItemClosed):
+            if emission.kind == "message":
+                self._entries[emission.item] = _message_entry(emission.payload)
+            elif items := _replayable(emission.payload):
+                self._entries[emission.item] = {"reasoning": items[0]} if len(items) == 1 else {"all": items}
+
+    @property
+    def first_reasoning(self) -> int | None:
+        """The item that the record rides with."""
+        return min((number for number, entry in self._entries.items() if _reasoning_of(entry)), default=None)
+
+    def dump(self) -> list[JSONObject]:
+        """The entries in the order of the output."""
+        return [self._entries[number] for number in sorted(self._entries)]
+
+
+def _message_entry(payload: Mapping[str, Any]) -> JSONObject:
+    parts = _objects(payload.get("content"))
+    text = _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))
+    entry: JSONObject = {"message": _digest(text), "chars": len(text)}
+    phase = payload.get("phase")
+    return {**entry, "phase": phase} if isinstance(phase, str) and phase else entry
+
+
+def _replayable(payload: Mapping[str, Any]) -> list[JSONObject]:
+    """A reasoning item as it may be sent again; none if there is nothing in it that a provider would read."""
+    details = _objects(payload.get("reasoning_details"))
+    if details:
+        return _from_chat_details(details)
+    item = _reasoning_item(payload)
+    return [item] if item else []
+
+
+def _reasoning_item(value: Any) -> JSONObject | None:
+    """The fields of a reasoning item and nothing else (reference §4)."""
+    known: JSONObject = {
+        field: part
+        for field, part in _mapping(value).items()
+        if isinstance(part, _REASONING_FIELDS.get(field, ()))
+    }
+    texts = any(_mapping(part).get("text") for part in known.get("content", ()))
+    if not (known.get("encrypted_content") or known.get("signature") or texts):
+        return None
+    known.setdefault("id", "rs_" + _digest(str(known)))
+    return {"type": "reasoning", "summary": [], **known}
+
+
+def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]:
+    """Reasoning items of `reasoning_details`, as `/chat/completions` gives them (reference §13)."""
+    items: dict[str, JSONObject] = {}
+    for detail in details:
+        add = _DETAIL_KINDS.get(str(detail.get("type")))
+        if add is None:
+            continue
+        item_id = _text_of(detail, "id")
+        item = items.setdefault(item_id or str(detail.get("index")), {"id": item_id} if item_id else {})
+        for field in ("format", "signature"):
+            if _text_of(detail, field):
+                item[field] = detail[field]
+        add(item, detail)
+    found = (_reasoning_item(item) for item in items.values())
+    return [item for item in found if item is not None]
+
+
+def _text_of(detail: Mapping[str, Any], field: str) -> str:
+    value = detail.get(field)
+    return value if isinstance(value, str) else ""
+
+
+def _add_detail_text(item: JSONObject, detail: Mapping[str, Any]) -> None:
+    part = {"type": "reasoning_text", "text": _text_of(detail, "text")}
+    item.setdefault("content", []).append(part)
+
+
+def _add_detail_summary(item: JSONObject, detail: Mapping[str, Any]) -> None:
+    part = {"type": "summary_text", "text": _text_of(detail, "summary")}
+    item.setdefault("summary", []).append(part)
+
+
+def _add_detail_secret(item: JSONObject, detail: Mapping[str, Any]) -> None:
+    item["encrypted_content"] = _text_of(detail, "data")
+
+
+_DETAIL_KINDS: Final[dict[str, Callable[[JSONObject, Mapping[str, Any]], None]]] = {
+    "reasoning.text": _add_detail_text,
+    "reasoning.summary": _add_detail_summary,
+    "reasoning.encrypted": _add_detail_secret,
+}
+
+
+def _to_chat_details(item: Mapping[str, Any]) -> list[JSONObject]:
+    """`reasoning_details` of a reasoning item, for `/chat/completions`."""
+    named = {field: item[field] for field in ("id", "format") if item.get(field)}
+    details: list[JSONObject] = []
+    for part in item.get("summary", ()):
+        details.append({"type": "reasoning.summary", "summary": part.get("text", ""), **named})
+    for part in item.get("content", ()):
+        signed = {"signature": item["signature"]} if item.get("signature") else {}
+        details.append({"type": "reasoning.text", "text": part.get("text", ""), **signed, **named})
+    if item.get("encrypted_content"):
+        details.append({"type": "reasoning.encrypted", "data": item["encrypted_content"], **named})
+    return [{**detail, "index": index} for index, detail in enumerate(details)]
+
+
+def _entries_of(message: Mapping[str, Any], intake: Intake) -> list[Mapping[str, Any]]:
+    """The records that ride with an assistant message, one after the other.
+
+    What nobody sealed may have been made by hand: of that only reasoning is believed, and no great lot.
+    """
+    details = _objects(message.get("reasoning_details"))
+    entries: list[Mapping[str, Any]] = []
+    unsealed: list[Mapping[str, Any]] = []
+    for detail in details:
+        if detail.get("type") != _CARRIER:
+            unsealed.append(detail)
+        elif "sealed" in detail:
+            entries += intake.records.get(_text_of(detail, "sealed"), ())
+        elif intake.takes_unsealed and _is_small(detail):
+            entries += [{**entry, "phase": None} for entry in _objects(detail.get("record"))]
+    if entries or not _is_small(unsealed):
+        return entries
+    return [{"reasoning": item} for item in _from_chat_details(unsealed)]
+
+
+def _is_small(value: Any) -> bool:
+    try:
+        return len(_json_dumps(value)) <= _MAX_RECORD_BYTES
+    except (TypeError, ValueError, RecursionError):
+        return False
+
+
+def _reasoning_of(entry: Mapping[str, Any]) -> list[JSONObject]:
+    items = [entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all"))
+    return [item for item in map(_reasoning_item, items) if item is not None]
+
+
+def _add_replayed(
+    history: _History, text: str, calls: Sequence[tuple[ToolCall, str]], entries: TurnEntries
+) -> bool:
+    """Add an assistant message in the order in which the model wrote it; False if it is not that any more.
+
+    Then somebody has edited it, or a call has gone: thinking must not stand before something else.
+    """
+    has_order = any("message" in entry or "call" in entry for entry in entries)
+    texts = _split_answer(text, [entry for entry in entries if "message" in entry]) if has_order else [text]
+    wanted_calls = sum("call" in entry for entry in entries)
+    if texts is None or (has_order and wanted_calls != len(calls)):
+        return False
+    if has_order:
+        _add_answer(history, texts.pop(0))
+    left_calls = deque(calls)
+    for entry in entries:
+        if "message" in entry:
+            _add_answer(history, texts.pop(0), _text_of(entry, "phase"))
+        elif "call" in entry:
+            history.items.append(_call_item(*left_calls.popleft()))
+        else:
+            history.items += _reasoning_of(entry)
+    for rest in texts:
+        _add_answer(history, rest)
+    history.items += [_call_item(call, sent) for call, sent in left_calls]
+    return True
+
+
+def _split_answer(text: str, messages: TurnEntries) -> list[str] | None:
+    """[what stands before them, the text of each message entry]; None if they are not in `text`.
+
+    Open WebUI joins the messages of an answer, with line breaks or, after Continue, without.
+    """
+    if not messages:
+        return [text]
+    total = sum(int(entry.get("chars") or 0) for entry in messages)
+    for gaps in range(len(messages) + 1):
+        start = len(text) - total - gaps
+        pieces = _pieces_of(text, start, messages) if start >= 0 else None
+        if pieces is not None:
+            return [text[:start], *pieces]
+    return None
+
+
+def _pieces_of(text: str, position: int, messages: TurnEntries) -> list[str] | None:
+    pieces: list[str] = []
+    for entry in messages:
+        length = int(entry.get("chars") or 0)
+        for start in (position, position + 1 if text[position : position + 1] == "\n" else position):
+            piece = text[start : start + length]
+            if _digest(piece) == entry["message"]:
+                pieces.append(piece)
+                position = start + length
+                break
+        else:
+            return None
+    return pieces if position == len(text) else None
 
 
 # Content blocks
@@ -3650,7 +4028,15 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
         parts = [_to_chat_part(part) for part in content]
         text_only = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if text_only else parts
-    messages.append({"role": item["role"], "content": content})
+    last = messages[-1] if messages else {}
+    if (
+        item["role"] == "assistant" == last.get("role")
+        and last["content"] is None
+        and "tool_calls" not in last
+    ):
+        last["content"] = content  # the reasoning before it belongs to it
+    else:
+        messages.append({"role": item["role"], "content": content})
 
 
 def _to_chat_part(part: JSONObject) -> JSONObject:
@@ -3671,8 +4057,17 @@ def _add_chat_output(messages: list[JSONObject], item: JSONObject) -> None:
     messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
 
 
+def _add_chat_reasoning(messages: list[JSONObject], item: JSONObject) -> None:
+    details = _to_chat_details(item)
+    if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+        messages.append({"role": "assistant", "content": None})
+    known = messages[-1].setdefault("reasoning_details", [])
+    known += [{**detail, "index": len(known) + number} for number, detail in enumerate(details)]
+
+
 _TO_CHAT: Final[dict[str, Callable[[list[JSONObject], JSONObject], None]]] = {
     "message": _add_chat_message,
+    "reasoning": _add_chat_reasoning,
     "function_call": _add_chat_call,
     "function_call_output": _add_chat_output,
 }
@@ -5214,6 +5609,7 @@ class _BrowserWriter(_Writer):
         self._clock = clock
         self._show_thinking = show_thinking
         self._open: dict[int, _OpenItem] = {}  # by the number the reducer gave
+        self._closed: dict[int, JSONObject] = {}  # the ends of reasoning items, by the same
         self._next_index = 0
         self._calls: list[ToolRequested] = []
         self._call_ids: set[str] = set()
@@ -5266,7 +5662,17 @@ class _BrowserWriter(_Writer):
 
     def _write_closed(self, closed: ItemClosed) -> list[Entry]:
         item = self._open.pop(closed.item, None)
-        return self._close(item, "completed") if item is not None else []
+        if item is None:
+            return []
+        entries = self._close(item, "completed")
+        if closed.kind == "reasoning":
+            self._closed[closed.item] = cast(JSONObject, entries[-1])
+        return entries
+
+    def _write_carrier(self, carrier: CarrierReady) -> list[Entry]:
+        """The end of a reasoning item once more: host and page replace it where it stands."""
+        done = self._closed.get(carrier.item)
+        return [{**done, "item": {**done["item"], "reasoning_details": carrier.details}}] if done else []
 
     def _close(self, item: _OpenItem, status: str) -> list[Entry]:
         return [*item.say_rest(), self._event("done", item, status)]
@@ -5328,6 +5734,7 @@ class _BrowserWriter(_Writer):
         ToolRequested: _keep_call,
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
+        CarrierReady: _write_carrier,
         Failed: _write_failure,
     }
 
@@ -5458,6 +5865,10 @@ class _ChunkWriter(_Writer):
         annotation = {"type": "url_citation", "url_citation": {**source, "start_index": 0, "end_index": 0}}
         return [self._chunk({"annotations": [annotation]})]
 
+    def _write_carrier(self, carrier: CarrierReady) -> list[Entry]:
+        """For clients that hand the details of an answer back with it."""
+        return [self._chunk({"reasoning_details": carrier.details})]
+
     def _keep_call(self, requested: ToolRequested) -> list[Entry]:
         self._calls.append(requested)
         return []
@@ -5494,6 +5905,7 @@ class _ChunkWriter(_Writer):
         ToolRequested: _keep_call,
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
+        CarrierReady: _write_carrier,
         Failed: _write_failure,
     }
 
@@ -6248,10 +6660,12 @@ class TurnLoop:
         engine: StreamingEngine,
         host: OpenWebUIHost,
         env: HostEnvironment,
+        cipher: ArtifactCipher,
         clock: Callable[[], float],
     ) -> None:
         self._registry = registry
         self._account = account
+        self._cipher = cipher
         self._engine = engine
         self._host = host
         self._env = env
@@ -6306,7 +6720,8 @@ class TurnLoop:
         settings = _request_settings(
             job.valves, request, spec, self._env.secret, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
-        translated = ResponsesBody.from_completions(body, spec, settings)
+        intake = self._take_in(plan_intake(body.messages), request.user_id)
+        translated = ResponsesBody.from_completions(body, spec, settings, intake)
         self._log_unsent(job, body, translated)
         await job.emitter.send([Notice(text) for text in translated.notices])
         if "tool" in translated.left_out and request.chose_tools:
@@ -6320,7 +6735,54 @@ class TurnLoop:
             job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
             job.valves.SSE_WORKERS_PER_REQUEST,
         )
-        await self._engine.stream(connection, upstream, job.emitter.send, policy, limits)
+        sink = job.emitter.send
+        if settings.replay != "off" and spec.reasons and request.dialect != "task":
+            sink = self._recording(sink, request.user_id)
+        await self._engine.stream(connection, upstream, sink, policy, limits)
+
+    def _take_in(self, plan: IntakePlan, user_id: str) -> Intake:
+        """Open what can be opened; what cannot is another person's, or older than the server's secret."""
+        records: dict[str, TurnEntries] = {}
+        for sealed in plan.sealed:
+            with contextlib.suppress(StorageError, ValueError):
+                records[sealed] = _objects(_json_loads(self._cipher.open(sealed, user_id)))
+        if len(records) < len(plan.sealed):
+            LOGGER.info(
+                "%d of %d kept pieces of reasoning can not be read",
+                len(plan.sealed) - len(records),
+                len(plan.sealed),
+            )
+        return Intake(records, not self._cipher.can_seal)
+
+    def _recording(self, sink: Sink, user_id: str) -> Sink:
+        """`sink`, and before the end of an upstream call the record of it for the host to keep."""
+        record = TurnRecord()
+
+        def take(emissions: Sequence[Emission]) -> Awaitable[None]:
+            for emission in emissions:
+                if type(emission) in _RECORDED:
+                    record.note(emission)
+            if isinstance(emissions[-1], TurnEnded):
+                emissions = [*emissions[:-1], *self._carrier(record, user_id), emissions[-1]]
+            return sink(emissions)
+
+        return take
+
+    def _carrier(self, record: TurnRecord, user_id: str) -> list[Emission]:
+        """The record as it rides with the first reasoning item; a sentence where it is too large for that."""
+        item = record.first_reasoning
+        if item is None:
+            return []
+        data = _json_dumps(record.dump())
+        detail: JSONObject = {"type": _CARRIER, "v": 1}
+        if self._cipher.can_seal:
+            detail["sealed"] = self._cipher.seal(data, user_id)
+            size = len(detail["sealed"])
+        else:
+            detail["record"], size = record.dump(), len(data)
+        if size > _MAX_CARRIER_CHARS:
+            return [Notice(_NOT_REMEMBERED)]
+        return [CarrierReady(item, [detail])]
 
     def _check_model(self, request: ChatRequest) -> None:
         """Refuse a model that another parameter of the chat has put in the place of the picked one.
@@ -6397,6 +6859,10 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
+_RECORDED: Final = (ItemClosed, ToolRequested)
+_NOT_REMEMBERED: Final = (
+    "This thinking is too long to be kept: the model will not remember it, only its answer."
+)
 _INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
 _MOST_TOLD: Final = 1000
 # Those that the host offers with every chat are not missed; those that a person has chosen are.
@@ -6444,7 +6910,9 @@ class Runtime:
         self._publisher = ModelPublisher(self.host, pipe_id, clock)
         account = AccountReader(self._client.get_json, clock)
         engine = StreamingEngine(self._client, sleep)
-        self._turns = TurnLoop(self._registry, account, engine, self.host, env, clock)
+        self._turns = TurnLoop(
+            self._registry, account, engine, self.host, env, ArtifactCipher(env.secret, pipe_id), clock
+        )
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 

@@ -1308,9 +1308,29 @@ def test_the_first_body_is_left_alone() -> None:
 
 def test_items_that_this_endpoint_does_not_know_are_left_out() -> None:
     payload = translate(chat(HELLO)).payload
-    reasoning = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "x"}
-    with_reasoning = {**payload, "input": [reasoning, *payload["input"], {"type": "web_search_call"}]}
-    assert _to_chat_body(with_reasoning, {}) == chat_body(chat(HELLO))
+    with_others = {**payload, "input": [*payload["input"], {"type": "web_search_call"}]}
+    assert _to_chat_body(with_others, {}) == chat_body(chat(HELLO))
+
+
+def test_reasoning_goes_back_with_the_answer_that_it_led_to() -> None:
+    payload = translate(chat(HELLO)).payload
+    secret = {"type": "reasoning", "id": "rs", "summary": [], "encrypted_content": "x"}
+    said = {"type": "reasoning_text", "text": "Adding two."}
+    open_text = {"type": "reasoning", "summary": [], "content": [said], "signature": "s", "format": "f"}
+    call_item = {"type": "function_call", "call_id": "c", "name": "f", "arguments": "{}"}
+    answer = {"type": "message", "role": "assistant", "content": "Four."}
+    output = {"type": "function_call_output", "call_id": "c", "output": "4"}
+    history = [*payload["input"], secret, call_item, output, open_text, answer]
+    messages = _to_chat_body({**payload, "input": history}, {})["messages"]
+    assert messages[1]["reasoning_details"] == [
+        {"type": "reasoning.encrypted", "data": "x", "id": "rs", "index": 0}
+    ]
+    assert [call["id"] for call in messages[1]["tool_calls"]] == ["c"]
+    assert messages[3]["content"] == "Four."
+    assert messages[3]["reasoning_details"] == [
+        {"type": "reasoning.text", "text": "Adding two.", "signature": "s", "format": "f", "index": 0}
+    ]
+    assert len(messages) == 4
 
 
 VALID: Final = st.fixed_dictionaries(

@@ -88,6 +88,7 @@ ROWS: Final[dict[str, Row]] = {
         "string", "", choices=("", "none", "minimal", "low", "medium", "high", "xhigh", "max")
     ),
     "REASONING_SUMMARY": Row("string", "auto", choices=("auto", "concise", "detailed", "off")),
+    "PERSIST_REASONING": Row("string", "conversation", choices=("off", "next_reply", "conversation")),
     "USE_MODEL_MAX_OUTPUT_TOKENS": Row("boolean", False),
     "UNSUPPORTED_PARAMETERS": Row("string", "drop", choices=("drop", "use_chat_completions")),
     "USER_REQUEST_FIELDS": Row("string", ""),
@@ -101,6 +102,7 @@ USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "STREAMING_UPDATE_CHAR_LIMIT": (),
     "STREAMING_IDLE_FLUSH_MS": (),
     "REASONING_EFFORT": ("inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"),
+    "PERSIST_REASONING": ("inherit", "off", "next_reply"),
     "SHOW_THINKING": ("inherit", "on", "off"),
     "SHOW_FINAL_USAGE_STATUS": ("inherit", "on", "off"),
 }
