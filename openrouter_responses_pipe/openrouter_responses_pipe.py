@@ -444,7 +444,11 @@ class Connection(NamedTuple):
 
 
 class RequestRights(NamedTuple):
-    """Who may set what of a request: `approved` has, by field, the values that administrators have set."""
+    """Who may set what of a request.
+
+    `approved` has, by field, what administrators have set: first the value in force (None: none), then
+    those that people may choose instead.
+    """
 
     is_admin: bool = False
     opened: str = ""
@@ -504,7 +508,6 @@ class ChatRequest(NamedTuple):
     is_admin: bool = False
     chose_tools: bool = False
     picked_model: str = ""  # as Open WebUI knows it; of a workspace model not the base
-    base_model: str = ""  # what the picked model is based on, as Open WebUI knows it
     user_valves: Any = None
     event_emitter: HostEventEmitter | None = None
 
@@ -1783,18 +1786,30 @@ class OpenWebUIHost:
         return bool(await _host_models().Models.delete_model_by_id(row_id))
 
     async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
-        """What administrators have set as parameters of these models, or of all: every value, by name.
+        """What administrators have set as parameters of these models, the first before the others, or of all.
 
-        The options of a model's controls count too: people choose among them, administrators wrote them.
+        By name: the value in force, or None, then the options of controls, among which people choose.
+        What somebody else has set, in a workspace model of their own, does not count.
         """
         from open_webui.models.config import Config  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
 
-        approved: dict[str, list[Any]] = {}
-        _collect(approved, await Config.get("models.default_params", {}))
+        sets: list[Any] = []
         for model_id in dict.fromkeys(filter(None, model_ids)):
-            row = await self.model_row(model_id)
-            _collect(approved, row.params if row else {})
-        return approved
+            row = await _host_models().Models.get_model_by_id(model_id)
+            owner = await Users.get_user_by_id(row.user_id) if row else None
+            if owner is not None and owner.role == "admin":
+                sets.append(row.params.model_dump(exclude_unset=True))
+        sets.append(await Config.get("models.default_params", {}))
+        values: JSONObject = {}
+        options: dict[str, list[Any]] = {}
+        for params in map(_mapping, sets):
+            values = {**params, **_mapping(params.get("custom_params")), **values}
+            for control in _mapping(params.get("model_controls")).values():
+                for option in _mapping(_mapping(control).get("options")).values():
+                    for name, value in _mapping(_mapping(option).get("params")).items():
+                        options.setdefault(name, []).append(value)
+        return {name: [values.get(name), *options.get(name, ())] for name in values | options}
 
     async def may_use(self, user_id: str, model_id: str) -> bool:
         """Whether the host lets this person chat with a model."""
@@ -1854,19 +1869,6 @@ class OpenWebUIHost:
             raise ConfigurationError(
                 f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
             )
-
-
-def _collect(approved: dict[str, list[Any]], params: Any) -> None:
-    """Add the values of a set of parameters, those of custom parameters and controls included."""
-    for name, value in _mapping(params).items():
-        if name == "custom_params":
-            _collect(approved, value)
-        elif name == "model_controls":
-            for control in _mapping(value).values():
-                for option in _mapping(_mapping(control).get("options")).values():
-                    _collect(approved, _mapping(option).get("params"))
-        else:
-            approved.setdefault(name, []).append(value)
 
 
 def _host_models() -> Any:
@@ -2188,7 +2190,7 @@ def _fit_reasoning(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
         other = "effort" if how.takes_budget else "max_tokens"  # never both (reference §3)
         wanted = payload["reasoning"] = {name: value for name, value in wanted.items() if name != other}
         if not how.takes_budget:
-            return ("reasoning max_tokens",)
+            return ("reasoning max_tokens", *_fit_reasoning(payload, spec))
     if "effort" not in wanted:
         return ()
     effort = wanted["effort"]
@@ -3044,6 +3046,7 @@ _PUBLISH_WAIT_S: Final = 1.0
 # Doc: docs/history_and_request_transforms.md   Tests: tests/test_request_models.py
 
 
+_MOST_NAMED: Final = 20
 _PLAIN_SETTINGS: Final = RequestSettings()
 _NOTHING_TAKEN_IN: Final = Intake()
 
@@ -3078,7 +3081,8 @@ class CompletionsBody(NamedTuple):
             parameters={
                 name: value
                 for name, value in body.items()
-                if name not in _NOT_PARAMETERS and value is not None
+                # A guarded null is kept: with it somebody may mean to undo what is in force.
+                if name not in _NOT_PARAMETERS and (value is not None or name in _GUARDED_PARAMETERS)
             },
         )
 
@@ -3094,23 +3098,28 @@ class CompletionsBody(NamedTuple):
             InputError: a field that only administrators may set.
         """
         parameters = dict(self.parameters)
-        for name in _GUARDED_PARAMETERS.intersection(parameters):
-            approved = [_decoded(value) for value in rights.approved.get(name, ())]
+        for name in sorted(_GUARDED_PARAMETERS.intersection(parameters)):
+            in_force, *options = map(_decoded, rights.approved.get(name) or (None,))
             value = _decoded(parameters[name])
-            if rights.is_admin or value in approved:
+            if value is None:
+                parameters[name] = in_force
+            elif rights.is_admin or value == in_force or value in options:
                 continue
-            if name == "provider":
+            elif name == "provider":
                 parameters[name] = _stricter(
-                    _mapping(approved[0] if approved else None), _as_provider(name, value)
+                    _mapping(in_force), _as_provider(name, value), opened=rights.opened
                 )
             elif not _matches_any(name, rights.opened):
                 raise InputError(f"The parameter {name} can only be set by an administrator")
-        return self._replace(parameters=parameters)
+        return self._replace(
+            parameters={name: value for name, value in parameters.items() if value is not None}
+        )
 
     @property
     def unsent(self) -> tuple[str, ...]:
-        """The parameters that `/responses` does not have."""
-        return tuple(name for name in self.parameters if name not in _PARAMETERS)
+        """The parameters that `/responses` does not have, their names fit for a log."""
+        names = (name for name in self.parameters if name not in _PARAMETERS)
+        return tuple(ascii(str(name)[:40])[1:-1] for name in itertools.islice(names, _MOST_NAMED))
 
     @property
     def wants_chat(self) -> bool:
@@ -3694,33 +3703,47 @@ def _decoded(value: Any) -> Any:
     return value
 
 
-def _without_nulls(value: Any) -> Any:
-    """`value` without what is null in its objects and lists: the API refuses many of them."""
+def _without_nulls(name: str, value: Any, depth: int = 0) -> Any:
+    """`value` without what is null in its objects and lists: the API refuses many of them.
+
+    Raises:
+        InputError: it is nested more deeply than any parameter is.
+    """
+    if depth > _DEEPEST:
+        raise InputError(f"The parameter {name} is nested too deeply")
     if isinstance(value, Mapping):
-        return {str(key): _without_nulls(part) for key, part in value.items() if part is not None}
+        # What is null in a schema means something.
+        return {
+            str(key): part if key == "schema" else _without_nulls(name, part, depth + 1)
+            for key, part in value.items()
+            if part is not None
+        }
     if isinstance(value, list):
-        return [_without_nulls(part) for part in value if part is not None]
+        return [_without_nulls(name, part, depth + 1) for part in value if part is not None]
     return value
+
+
+_DEEPEST: Final = 32
 
 
 def _as_object(name: str, value: Any) -> JSONObject:
     value = _decoded(value)
     if not isinstance(value, Mapping):
         raise InputError(f"The parameter {name} must be an object")
-    return _without_nulls(value)
+    return _without_nulls(name, value)
 
 
 def _as_list(name: str, value: Any) -> list[Any]:
     value = _decoded(value)
     if not isinstance(value, list):
         raise InputError(f"The parameter {name} must be a list")
-    return _without_nulls(value)
+    return _without_nulls(name, value)
 
 
 def _as_texts(name: str, value: Any) -> list[str]:
     """A list of texts, or a comma list."""
     value = value.split(",") if isinstance(value, str) and value.strip()[:1] != "[" else _as_list(name, value)
-    return [_as_text(name, text).strip() for text in value]
+    return [text for entry in value if (text := _as_text(name, entry).strip())]
 
 
 def _as_objects(name: str, value: Any) -> list[JSONObject]:
@@ -3739,6 +3762,41 @@ def _as_transforms(name: str, value: Any) -> list[JSONObject]:
     return [{"id": "context-compression"}] if "middle-out" in _as_texts(name, value) else []
 
 
+def _as_models(name: str, value: Any) -> list[str]:
+    """Fallbacks, each once; more than a few would only be a way to ask for very much."""
+    models = list(dict.fromkeys(_as_texts(name, value)))
+    if len(models) > _MOST_FALLBACKS:
+        raise InputError(f"The parameter {name} may hold {_MOST_FALLBACKS} models at most")
+    return models
+
+
+_MOST_FALLBACKS: Final = 10
+
+
+def _typed(
+    fields: Mapping[str, type], words: Sequence[str] = (), word_field: str = "type"
+) -> Callable[[str, Any], JSONObject]:
+    """A reader of objects whose `fields` are of these types; with `words` one field must be one of them."""
+
+    def read(name: str, value: Any) -> JSONObject:
+        wanted = _as_object(name, value)
+        wrong = [field for field, kind in fields.items() if not isinstance(wanted.get(field, kind()), kind)]
+        if wrong:
+            raise InputError(f"In the parameter {name} {wrong[0]} is of the wrong kind")
+        if words and wanted.get(word_field) not in words:
+            raise InputError(f"In the parameter {name} {word_field} must be {' or '.join(words)}")
+        return wanted
+
+    return read
+
+
+def _as_conditions(name: str, value: Any) -> list[JSONObject]:
+    conditions = _as_objects(name, value)
+    if not all(isinstance(condition.get("type"), str) for condition in conditions):
+        raise InputError(f"Each entry of the parameter {name} needs a type")
+    return conditions
+
+
 def _as_modalities(name: str, value: Any) -> list[str]:
     chosen = _as_texts(name, value)
     if not set(chosen) <= {"text", "image"}:
@@ -3752,9 +3810,12 @@ def _as_metadata(name: str, value: Any) -> dict[str, str]:
     for key, text in pairs.items():
         if not isinstance(text, str) or len(text) > 512 or len(key) > 64 or not {"[", "]"}.isdisjoint(key):
             raise InputError(f"The parameter {name} may hold texts of up to 512 characters under short names")
-    if len(pairs) > 16:
-        raise InputError(f"The parameter {name} may hold 16 entries at most")
+    if len(pairs) > _MOST_PAIRS:
+        raise InputError(f"The parameter {name} may hold {_MOST_PAIRS} entries at most")
     return pairs
+
+
+_MOST_PAIRS: Final = 16
 
 
 def _as_provider(name: str, value: Any) -> JSONObject:
@@ -3763,38 +3824,47 @@ def _as_provider(name: str, value: Any) -> JSONObject:
     for field, chosen in wanted.items():
         if field not in _PROVIDER_FIELDS:
             raise InputError(f"The parameter {name} has no field “{field[:40]}”")
-        kind, words = _PROVIDER_FIELDS[field]
-        if not isinstance(chosen, kind):
+        kind, part_kind, words = _PROVIDER_FIELDS[field]
+        parts = chosen if isinstance(chosen, list) else chosen.values() if isinstance(chosen, dict) else ()
+        if not isinstance(chosen, kind) or not all(isinstance(part, part_kind) for part in parts):
             raise InputError(f"In the parameter {name} {field} must be {words}")
     if "max_price" in wanted:
         wanted["max_price"] = {unit: str(price) for unit, price in wanted["max_price"].items()}
     return wanted
 
 
-_SWITCH: Final = (bool, "true or false")
-_NAMES: Final = (list, "a list")
-# field -> (what it may be, in words)
-_PROVIDER_FIELDS: Final[dict[str, tuple[type | tuple[type, ...], str]]] = {
+_SWITCH: Final = (bool, object, "true or false")
+_NAMES: Final = (list, str, "a list of texts")
+_CUTOFF: Final = ((int, float, dict), (int, float), "a number, or numbers for percentiles")
+# field -> (what it may be, what its parts may be, in words)
+_PROVIDER_FIELDS: Final[dict[str, tuple[Any, Any, str]]] = {
     **dict.fromkeys(("allow_fallbacks", "require_parameters", "zdr", "enforce_distillable_text"), _SWITCH),
     **dict.fromkeys(("order", "only", "ignore", "quantizations"), _NAMES),
-    "data_collection": (str, "allow or deny"),
-    "sort": ((str, dict), "price, throughput, latency or an object"),
-    "max_price": (dict, "an object"),
-    **dict.fromkeys(("preferred_max_latency", "preferred_min_throughput"), ((int, float, dict), "a number")),
+    "data_collection": (str, object, "allow or deny"),
+    "sort": ((str, dict), str, "price, throughput, latency, or an object of texts"),
+    "max_price": (dict, (int, float, str), "an object of prices"),
+    **dict.fromkeys(("preferred_max_latency", "preferred_min_throughput"), _CUTOFF),
 }
 
 
-def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any]) -> JSONObject:
+def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any], opened: str = "") -> JSONObject:
     """Provider preferences of a person, as far as they narrow those of the administrators.
 
+    With `provider` opened a person may also choose what costs more.
+
     Raises:
-        InputError: nothing would be left to choose from.
+        InputError: nothing would be left to choose from, or a dearer tier is asked for by a provider's name.
     """
-    merged = dict(_without_nulls(admins))
+    merged = dict(_without_nulls("provider", admins))
+    is_open = _matches_any("provider", opened)
     for field, value in wanted.items():
+        names = value if isinstance(value, list) else []
+        if not is_open and any(str(name).lower().endswith(_DEARER_TIERS) for name in names):
+            raise InputError("A dearer tier of a provider can only be chosen by an administrator")
         narrow = _NARROWINGS.get(field)
         if narrow is None:
-            merged.setdefault(field, value)
+            if is_open or field not in _ORDERINGS or _ORDERINGS.isdisjoint(admins):
+                merged.setdefault(field, value)
         elif (narrower := narrow(merged.get(field), value)) is not None:
             merged[field] = narrower
         if field in ("only", "quantizations") and not merged.get(field):
@@ -3802,6 +3872,10 @@ def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any]) -> JSONObjec
                 f"None of the {field} you chose for provider is one that an administrator allows"
             )
     return merged
+
+
+_DEARER_TIERS: Final = ("/priority", "/fast", "/scale")
+_ORDERINGS: Final = frozenset({"order", "sort"})  # with one of them the other does not count
 
 
 def _both(admins: Any, wanted: Any) -> Any:
@@ -3839,31 +3913,50 @@ _NARROWINGS: Final[dict[str, Callable[[Any, Any], Any]]] = {
 }
 
 
+_as_reasoning_fields: Final = _typed(
+    {"effort": str, "max_tokens": int, "summary": str, "enabled": bool, "mode": str, "context": str}
+)
+
+
 def _as_reasoning(name: str, value: Any) -> JSONObject:
-    wanted = _as_object(name, value)
-    unknown = wanted.keys() - {"effort", "max_tokens", "summary", "enabled", "mode", "context", "exclude"}
+    wanted = _as_reasoning_fields(name, value)
+    wanted.pop("exclude", None)  # chat's; here nothing is shown that nobody wants to see
+    unknown = wanted.keys() - {"effort", "max_tokens", "summary", "enabled", "mode", "context"}
     if unknown:
         raise InputError(f"The parameter {name} has no field “{min(unknown)[:40]}”")
-    wanted.pop("exclude", None)  # chat's; here nothing is shown that nobody wants to see
     return wanted
 
 
 def _as_tool_choice(name: str, value: Any) -> Any:
     """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
+    value = _decoded(value)
     function = _mapping(_mapping(value).get("function"))
-    return {"type": "function", "name": function["name"]} if function.get("name") else value
+    if function.get("name"):
+        return {"type": "function", "name": _as_text(name, function["name"])}
+    kind = _mapping(value).get("type")
+    if value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
+        return value
+    if kind == "function" and isinstance(_mapping(value).get("name"), str):
+        return value
+    raise InputError(f"The parameter {name} must be auto, none, required, or name a function")
+
+
+_OTHER_CHOICES: Final = ("web_search_preview", "web_search_preview_2025_03_11", "apply_patch", "shell")
 
 
 def _as_text_format(name: str, value: Any) -> JSONObject:
     """`response_format` of chat becomes the flat `text.format`."""
-    wanted = _as_object(name, value)
-    schema = wanted.get("json_schema")
-    if wanted.get("type") != "json_schema" or not isinstance(schema, Mapping):
+    wanted = _typed({}, ("text", "json_object", "json_schema"))(name, value)
+    if wanted["type"] != "json_schema":
         return wanted
+    schema = wanted.get("json_schema") or wanted
     known = {key: schema[key] for key in ("name", "schema", "strict", "description") if key in schema}
+    if not isinstance(known.get("name"), str) or not isinstance(known.get("schema"), Mapping):
+        raise InputError(f"In the parameter {name} json_schema needs a name and a schema")
     return {"type": "json_schema", **known}
 
 
+_TRACE_NAMES: Final = ("trace_id", "trace_name", "span_name", "generation_name", "parent_span_id")
 # chat parameter -> (where it goes, how its value is read); what has no row is not sent.
 # What goes to the same place is joined; of two single values the later row wins.
 _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]] = {
@@ -3884,8 +3977,8 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "tool_choice": (("tool_choice",), _as_tool_choice),
     "parallel_tool_calls": (("parallel_tool_calls",), _as_switch),
     "max_tool_calls": (("max_tool_calls",), _as_integer),
-    "stop_server_tools_when": (("stop_server_tools_when",), _as_objects),
-    "models": (("models",), _as_texts),
+    "stop_server_tools_when": (("stop_server_tools_when",), _as_conditions),
+    "models": (("models",), _as_models),
     "provider": (("provider",), _as_provider),
     "plugins": (("plugins",), _as_plugins),
     "transforms": (("plugins",), _as_transforms),
@@ -3893,14 +3986,14 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "image_config": (("image_config",), _as_object),
     "service_tier": (("service_tier",), _as_word),
     "truncation": (("truncation",), _as_word),
-    "cache_control": (("cache_control",), _as_object),
+    "cache_control": (("cache_control",), _typed({"ttl": str}, ("ephemeral",))),
     "prompt_cache_key": (("prompt_cache_key",), _as_word),
-    "prompt_cache_options": (("prompt_cache_options",), _as_object),
+    "prompt_cache_options": (("prompt_cache_options",), _typed({"ttl": str}, ("explicit",), "mode")),
     "session_id": (("session_id",), _as_word),
     "user": (("user",), _as_word),
     "safety_identifier": (("safety_identifier",), _as_word),
     "metadata": (("metadata",), _as_metadata),
-    "trace": (("trace",), _as_object),
+    "trace": (("trace",), _typed(dict.fromkeys(_TRACE_NAMES, str))),
 }
 # What costs, says who somebody is, or leads to other models: set by administrators, or opened by them.
 _GUARDED_PARAMETERS: Final = frozenset(
@@ -3933,9 +4026,13 @@ def _set_reasoning(payload: JSONObject, spec: ModelSpec, settings: RequestSettin
     if not spec.reasons:
         return
     if settings.is_task:
-        payload["reasoning"] = {"effort": "none"}
+        if spec.is_known:  # else nobody knows what it would make of it
+            payload["reasoning"] = {"effort": "none"}
         return
-    if settings.effort and "effort" not in asked and "max_tokens" not in asked:
+    if asked.pop("enabled", None) is False:  # the same by another name
+        asked = {"effort": "none"}
+    has_budget = "max_tokens" in asked and (spec.reasoning is None or spec.reasoning.takes_budget)
+    if settings.effort and "effort" not in asked and not has_budget:
         asked["effort"] = settings.effort
     summary = {} if settings.summary == "off" else {"summary": settings.summary}
     payload["reasoning"] = summary | asked
@@ -3948,8 +4045,9 @@ def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
     for name, text in named.items():
         if text:
             payload.setdefault(name, text)
-    if settings.metadata:
-        payload["metadata"] = {**settings.metadata, **payload.get("metadata", {})}
+    pairs = {**settings.metadata, **payload.get("metadata", {})}
+    if 0 < len(pairs) <= _MOST_PAIRS:
+        payload["metadata"] = pairs
     if settings.cache_ttl:
         longer = {} if settings.cache_ttl == "5m" else {"ttl": settings.cache_ttl}
         payload.setdefault("cache_control", {"type": "ephemeral", **longer})
@@ -3985,11 +4083,12 @@ _CHAT_ONLY_PARAMETERS: Final = (
 _SHARED_PARAMETERS: Final = (
     *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
     *("parallel_tool_calls", "modalities", "models", "provider", "plugins", "image_config", "service_tier"),
-    *("session_id", "user", "metadata", "trace"),
+    *("session_id", "user", "metadata", "trace", "stop_server_tools_when"),
+    *("cache_control", "prompt_cache_key", "prompt_cache_options"),
 )
 
 
-_CHAT_REASONING: Final = ("effort", "enabled")
+_CHAT_REASONING: Final = ("effort", "enabled", "max_tokens")
 
 
 def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObject:
@@ -6714,7 +6813,6 @@ class TurnLoop:
             raise ConfigurationError(
                 "This entry only says what is missing. Please choose a model, or reload the page."
             )
-        self._check_model(request)
         body = await self._within_rights(CompletionsBody.parse(request.body), job)
         spec = await self._registry.get(connection, request.model, CatalogChoice.of(job.valves))
         settings = _request_settings(
@@ -6784,19 +6882,6 @@ class TurnLoop:
             return [Notice(_NOT_REMEMBERED)]
         return [CarrierReady(item, [detail])]
 
-    def _check_model(self, request: ChatRequest) -> None:
-        """Refuse a model that another parameter of the chat has put in the place of the picked one.
-
-        Open WebUI checks who may use the model that was picked, but lets a custom parameter replace it.
-
-        Raises:
-            InputError: it is another model, and the person is no administrator.
-        """
-        named = str(request.body.get("model") or "")
-        known = (request.picked_model, request.base_model)
-        if request.picked_model and named not in known and not request.is_admin and request.dialect != "task":
-            raise InputError("Another model than the chosen one cannot be asked for by a parameter")
-
     async def _within_rights(self, body: CompletionsBody, job: _PipeJob) -> CompletionsBody:
         """The body with nothing in it that this person may not set.
 
@@ -6804,26 +6889,29 @@ class TurnLoop:
             InputError: there is something, said in words.
         """
         request = job.request
-        if not body.is_guarded or request.is_admin:
+        # The parameters of a task come from the server itself.
+        if not body.is_guarded or request.is_admin or request.dialect == "task":
             return body
-        approved = await self._host.admin_params((request.picked_model, str(request.body.get("model") or "")))
-        rights = RequestRights(request.is_admin, job.valves.USER_REQUEST_FIELDS, approved)
-        allowed = body.within(rights)
-        models = allowed.parameters.get("models")
-        if models is not None and models not in approved.get("models", ()):
-            prefix = str(request.body.get("model") or "").removesuffix(request.model)
-            for model in _as_texts("models", models):
+        named = str(request.body.get("model") or "")
+        approved = await self._host.admin_params((request.picked_model, named))
+        allowed = body.within(RequestRights(False, job.valves.USER_REQUEST_FIELDS, approved))
+        models = _decoded(allowed.parameters.get("models"))
+        if models is not None and models not in map(_decoded, approved.get("models", ())):
+            prefix = named.removesuffix(request.model)
+            for model in _as_models("models", models):
                 if not await self._host.may_use(request.user_id, prefix + model):
                     raise InputError(f"The model {model[:80]} of the parameter models is not one of yours")
         return allowed
 
     def _log_unsent(self, job: _PipeJob, body: CompletionsBody, translated: ResponsesBody) -> None:
+        """Say what of a chat does not reach the model; the same parameter only once."""
         if translated.left_out:
             LOGGER.info("request %s: not sent: %s", job.request_id, dict(translated.left_out))
-        news = [name for name in body.unsent if name not in self._told]
+        sent = _CHAT_ONLY_PARAMETERS if _asks_chat(body, job.valves) else ()
+        news = [name for name in body.unsent if name not in self._told and name not in sent]
         if news and len(self._told) < _MOST_TOLD:
             self._told.update(news)
-            LOGGER.info("Not sent, because /responses does not have it: %s", ", ".join(map(str, news)))
+            LOGGER.info("Not sent, because /responses does not have it: %s", ", ".join(news))
 
     def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
         usage = job.emitter.usage()
@@ -6840,14 +6928,19 @@ class TurnLoop:
         )
 
 
+def _asks_chat(body: CompletionsBody, valves: Valves) -> bool:
+    """Whether the request goes to `/chat/completions` at once."""
+    wanted = valves.UNSUPPORTED_PARAMETERS == "use_chat_completions" and body.wants_chat
+    return wanted or _matches_any(body.model, valves.FORCE_CHAT_COMPLETIONS_MODELS)
+
+
 def _upstream_request(payload: JSONObject, body: CompletionsBody, valves: Valves) -> UpstreamRequest:
     """The request for `/responses`, or for chat where the valve names the model."""
 
     def chat_body() -> JSONObject:
         return _to_chat_body(payload, body.parameters)
 
-    wanted = valves.UNSUPPORTED_PARAMETERS == "use_chat_completions" and body.wants_chat
-    if wanted or _matches_any(body.model, valves.FORCE_CHAT_COMPLETIONS_MODELS):
+    if _asks_chat(body, valves):
         return UpstreamRequest(chat_body(), CHAT)
     return UpstreamRequest(payload, RESPONSES, chat_body)
 
@@ -7171,7 +7264,6 @@ def _capture(
         user_id=str(user.get("id") or ""),
         is_admin=user.get("role") == "admin",
         picked_model=str(_mapping(metadata.get("model")).get("id") or ""),
-        base_model=str(_mapping(_mapping(metadata.get("model")).get("info")).get("base_model_id") or ""),
         chose_tools=bool(metadata.get("tool_ids") or metadata.get("tool_servers")),
         user_valves=user.get("valves"),
         event_emitter=emitter,
