@@ -37,6 +37,7 @@ TABLES: dict[str, dict[str, tuple[str, ...]]] = {
             "update_chat_title_by_id",
         )
     },
+    "models.config": {"Config": ("get",)},
     "models.files": {"Files": ("get_file_by_id", "insert_new_file", "update_file_metadata_by_id")},
     "models.functions": {"Functions": ("get_function_by_id", "get_function_valves_by_id")},
 }
@@ -47,6 +48,7 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "utils.access_control.files": ("has_access_to_file",),
     "utils.tool_search": ("resolve_tool_call",),
     "utils.middleware": ("process_tool_result",),
+    "utils.models": ("check_model_access",),
 }
 RECORDS: dict[str, tuple[str, ...]] = {
     "models.files": ("FileForm",),
