@@ -506,6 +506,7 @@ class ChatRequest(NamedTuple):
     message_id: str = ""
     user_id: str = ""
     is_admin: bool = False
+    is_task: bool = False  # a title, tags …: nobody reads anything but the text
     chose_tools: bool = False
     picked_model: str = ""  # as Open WebUI knows it; of a workspace model not the base
     user_valves: Any = None
@@ -1188,6 +1189,8 @@ class ArtifactCipher:
         """
         try:
             raw = base64.urlsafe_b64decode(text)
+            if base64.urlsafe_b64encode(raw).decode() != text:
+                raise ValueError  # in many forms one record could be opened many times
             opened = self._aead.decrypt(raw[:12], raw[12:], owner.encode())
         except (InvalidTag, ValueError):
             raise StorageError("Kept reasoning could not be opened") from None
@@ -1652,7 +1655,7 @@ def _request_settings(
         ids = {kind: _pseudonym(secret, kind, plain) for kind, plain in ids.items() if plain}
     elif valves.SEND_IDENTIFIERS == "none":
         ids = {}
-    is_task = request.dialect == "task"
+    is_task = request.is_task
     caches = valves.PROMPT_CACHING == "auto" and spec.vendor == "anthropic" and not is_task
     return RequestSettings(
         offer_tools=offer_tools,
@@ -3242,6 +3245,7 @@ def _transform_messages_to_input(
     history = _History()
     history.instructions, rest = _extract_system_prompt(messages)
     open_calls: dict[str, str] = {}
+    records = dict(intake.records)  # each is used once: it stands for one call
     replay_from = _replay_from(rest, replay) if spec.reasons else len(rest)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
@@ -3253,9 +3257,13 @@ def _transform_messages_to_input(
             history.leave_out("role")
             continue
         calls = _answered_calls(history, message, rest[position + 1 :]) if message.get("tool_calls") else []
-        entries = _entries_of(message, intake) if role == "assistant" and position >= replay_from else []
+        entries = (
+            _entries_of(message, records, intake) if role == "assistant" and position >= replay_from else []
+        )
         if entries and _add_replayed(history, _plain_text(message.get("content")), calls, entries):
             open_calls = {call.call_id: sent for call, sent in calls}
+            for detail in _objects(message.get("reasoning_details")):
+                records.pop(_text_of(detail, "sealed"), None)
             continue
         build(history, message, spec)
         if calls:
@@ -3350,11 +3358,13 @@ def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
             break
         kept.append(text[position : match.start()])
         position = close + len(end)
-    return "".join([*kept, text[position:].lstrip("\n") if kept else text])
+        while text.startswith("\n", position):
+            position += 1
+    return "".join([*kept, text[position:]])
 
 
 _MARKER_LINE_RE: Final = re.compile(r"^[ \t]*\[[0-9A-HJKMNP-TV-Z]{26}\]: #[^\n]*(?:\n|\Z)", re.MULTILINE)
-_DETAILS_RE: Final = re.compile(r'<details\s[^>]*type="(?:reasoning|tool_calls|code_interpreter)"[^>]*>')
+_DETAILS_RE: Final = re.compile(r'<details\s[^<>]*type="(?:reasoning|tool_calls|code_interpreter)"[^<>]*>')
 _THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
 
 
@@ -3431,7 +3441,9 @@ class TurnRecord:
 
     def note(self, emission: Emission) -> None:
         """Remember what belongs into the record; anything else is passed over."""
-        if isinstance(emission, ToolRequested):
+        if isinstance(emission, StatusUpdate) and not emission.done:
+            self._entries.clear()  # the try has failed, another one comes
+        elif isinstance(emission, ToolRequested):
             self._entries[emission.item] = {"call": emission.call.call_id}
         elif isinstance(emission, ItemClosed):
             if emission.kind == "message":
@@ -3452,6 +3464,7 @@ class TurnRecord:
 def _message_entry(payload: Mapping[str, Any]) -> JSONObject:
     parts = _objects(payload.get("content"))
     text = _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))
+    text = text.strip()  # Open WebUI takes the spaces around an answer away
     entry: JSONObject = {"message": _digest(text), "chars": len(text)}
     phase = payload.get("phase")
     return {**entry, "phase": phase} if isinstance(phase, str) and phase else entry
@@ -3473,22 +3486,37 @@ def _reasoning_item(value: Any) -> JSONObject | None:
         for field, part in _mapping(value).items()
         if isinstance(part, _REASONING_FIELDS.get(field, ()))
     }
-    texts = any(_mapping(part).get("text") for part in known.get("content", ()))
+    if not all(_is_part(part, kind) for field, kind in _PART_KINDS for part in known.get(field, ())):
+        return None
+    texts = any(part["text"] for part in known.get("content", ()))
     if not (known.get("encrypted_content") or known.get("signature") or texts):
         return None
     known.setdefault("id", "rs_" + _digest(str(known)))
     return {"type": "reasoning", "summary": [], **known}
 
 
+_PART_KINDS: Final = (("summary", "summary_text"), ("content", "reasoning_text"))
+
+
+def _is_part(value: Any, kind: str) -> bool:
+    part = _mapping(value)
+    return part.get("type") == kind and isinstance(part.get("text"), str)
+
+
 def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]:
     """Reasoning items of `reasoning_details`, as `/chat/completions` gives them (reference §13)."""
     items: dict[str, JSONObject] = {}
+    named: dict[Any, str] = {}  # the id of what stands at an index
     for detail in details:
-        add = _DETAIL_KINDS.get(str(detail.get("type")))
+        kind = detail.get("type")
+        add = _DETAIL_KINDS.get(kind) if isinstance(kind, str) else None
         if add is None:
             continue
-        item_id = _text_of(detail, "id")
-        item = items.setdefault(item_id or str(detail.get("index")), {"id": item_id} if item_id else {})
+        index = detail["index"] if isinstance(detail.get("index"), int) else None
+        item_id = _text_of(detail, "id") or named.get(index, "")
+        if index is not None and item_id:
+            named[index] = item_id
+        item = items.setdefault(item_id or str(index), {"id": item_id} if item_id else {})
         for field in ("format", "signature"):
             if _text_of(detail, field):
                 item[field] = detail[field]
@@ -3502,14 +3530,23 @@ def _text_of(detail: Mapping[str, Any], field: str) -> str:
     return value if isinstance(value, str) else ""
 
 
+def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[str, Any]) -> None:
+    """Fragments of one index are one part; `_last` is gone before the item is sent."""
+    parts = item.setdefault(field, [])
+    index = detail.get("index")
+    if parts and isinstance(index, int) and item.get("_last") == (field, index):
+        parts[-1]["text"] += part["text"]
+    else:
+        parts.append(part)
+    item["_last"] = (field, index)
+
+
 def _add_detail_text(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    part = {"type": "reasoning_text", "text": _text_of(detail, "text")}
-    item.setdefault("content", []).append(part)
+    _add_part(item, "content", {"type": "reasoning_text", "text": _text_of(detail, "text")}, detail)
 
 
 def _add_detail_summary(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    part = {"type": "summary_text", "text": _text_of(detail, "summary")}
-    item.setdefault("summary", []).append(part)
+    _add_part(item, "summary", {"type": "summary_text", "text": _text_of(detail, "summary")}, detail)
 
 
 def _add_detail_secret(item: JSONObject, detail: Mapping[str, Any]) -> None:
@@ -3537,7 +3574,9 @@ def _to_chat_details(item: Mapping[str, Any]) -> list[JSONObject]:
     return [{**detail, "index": index} for index, detail in enumerate(details)]
 
 
-def _entries_of(message: Mapping[str, Any], intake: Intake) -> list[Mapping[str, Any]]:
+def _entries_of(
+    message: Mapping[str, Any], records: Mapping[str, TurnEntries], intake: Intake
+) -> list[Mapping[str, Any]]:
     """The records that ride with an assistant message, one after the other.
 
     What nobody sealed may have been made by hand: of that only reasoning is believed, and no great lot.
@@ -3549,7 +3588,7 @@ def _entries_of(message: Mapping[str, Any], intake: Intake) -> list[Mapping[str,
         if detail.get("type") != _CARRIER:
             unsealed.append(detail)
         elif "sealed" in detail:
-            entries += intake.records.get(_text_of(detail, "sealed"), ())
+            entries += records.get(_text_of(detail, "sealed"), ())
         elif intake.takes_unsealed and _is_small(detail):
             entries += [{**entry, "phase": None} for entry in _objects(detail.get("record"))]
     if entries or not _is_small(unsealed):
@@ -3578,8 +3617,8 @@ def _add_replayed(
     """
     has_order = any("message" in entry or "call" in entry for entry in entries)
     texts = _split_answer(text, [entry for entry in entries if "message" in entry]) if has_order else [text]
-    wanted_calls = sum("call" in entry for entry in entries)
-    if texts is None or (has_order and wanted_calls != len(calls)):
+    wanted_calls = [entry["call"] for entry in entries if "call" in entry]
+    if texts is None or (has_order and wanted_calls != [call.call_id for call, _ in calls]):
         return False
     if has_order:
         _add_answer(history, texts.pop(0))
@@ -3598,34 +3637,42 @@ def _add_replayed(
 
 
 def _split_answer(text: str, messages: TurnEntries) -> list[str] | None:
-    """[what stands before them, the text of each message entry]; None if they are not in `text`.
+    """[what stands before them, the text of each message entry, the rest]; None if they are not in `text`.
 
-    Open WebUI joins the messages of an answer, with line breaks or, after Continue, without.
+    Open WebUI joins the messages of an answer, with line breaks or, after Continue, without, and takes
+    the spaces around the last one away: they do not count. What nobody recorded stands before or after.
     """
     if not messages:
         return [text]
-    total = sum(int(entry.get("chars") or 0) for entry in messages)
-    for gaps in range(len(messages) + 1):
-        start = len(text) - total - gaps
-        pieces = _pieces_of(text, start, messages) if start >= 0 else None
-        if pieces is not None:
-            return [text[:start], *pieces]
-    return None
+    lengths = [_length_of(entry) for entry in messages]
+    found = _pieces_of(text, messages, lengths)
+    if found is not None:
+        return ["", *found]
+    mirrored = _pieces_of(text[::-1], messages[::-1], lengths[::-1], -1)
+    return None if mirrored is None else [piece[::-1] for piece in reversed(mirrored)]
 
 
-def _pieces_of(text: str, position: int, messages: TurnEntries) -> list[str] | None:
+def _length_of(entry: Mapping[str, Any]) -> int:
+    length = entry.get("chars")
+    return length if isinstance(length, int) else -1
+
+
+def _pieces_of(
+    text: str, messages: TurnEntries, lengths: Sequence[int], direction: int = 1
+) -> list[str] | None:
+    """The messages from the start of `text`, and what follows them."""
     pieces: list[str] = []
-    for entry in messages:
-        length = int(entry.get("chars") or 0)
-        for start in (position, position + 1 if text[position : position + 1] == "\n" else position):
-            piece = text[start : start + length]
-            if _digest(piece) == entry["message"]:
-                pieces.append(piece)
-                position = start + length
-                break
-        else:
+    position = 0
+    for entry, length in zip(messages, lengths, strict=True):
+        start = position
+        while length and text[start : start + 1].isspace():
+            start += 1
+        piece = text[start : start + length]
+        if length < 0 or _digest(piece[::direction]) != entry["message"]:
             return None
-    return pieces if position == len(text) else None
+        pieces.append(piece)
+        position = start + length
+    return [*pieces, text[position:]]
 
 
 # Content blocks
@@ -4128,12 +4175,12 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
         text_only = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if text_only else parts
     last = messages[-1] if messages else {}
-    if (
-        item["role"] == "assistant" == last.get("role")
-        and last["content"] is None
-        and "tool_calls" not in last
-    ):
+    if item["role"] != "assistant" or last.get("role") != "assistant":
+        messages.append({"role": item["role"], "content": content})
+    elif last["content"] is None:
         last["content"] = content  # the reasoning before it belongs to it
+    elif "tool_calls" in last:
+        last["content"] = f"{last['content']}\n{content}"  # nothing may stand between a call and its output
     else:
         messages.append({"role": item["role"], "content": content})
 
@@ -4158,7 +4205,8 @@ def _add_chat_output(messages: list[JSONObject], item: JSONObject) -> None:
 
 def _add_chat_reasoning(messages: list[JSONObject], item: JSONObject) -> None:
     details = _to_chat_details(item)
-    if not messages or messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls"):
+    last = messages[-1] if messages else {}
+    if last.get("role") != "assistant" or (last["content"] is not None and "tool_calls" not in last):
         messages.append({"role": "assistant", "content": None})
     known = messages[-1].setdefault("reasoning_details", [])
     known += [{**detail, "index": len(known) + number} for number, detail in enumerate(details)]
@@ -4755,6 +4803,9 @@ def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
     if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
         for number, part in enumerate(_objects(item.payload.get("content"))):
             emissions += _fill_part(state, item, number, part)
+    shown = item.whole_text()
+    if shown != _message_text(item.payload):  # of some streams the deltas alone say it
+        item.payload = {**item.payload, "content": [{"type": "output_text", "text": shown}]}
     return [*emissions, ItemClosed(item.number, "message", item.payload)]
 
 
@@ -5760,10 +5811,14 @@ class _BrowserWriter(_Writer):
         return entries
 
     def _write_closed(self, closed: ItemClosed) -> list[Entry]:
-        item = self._open.pop(closed.item, None)
+        entries: list[Entry] = []
+        item = self._open.get(closed.item)
+        if item is None and closed.kind == "reasoning":  # nothing of it was shown, but it may be kept
+            item = self._start(closed.item, "reasoning", entries)
         if item is None:
             return []
-        entries = self._close(item, "completed")
+        del self._open[closed.item]
+        entries += self._close(item, "completed")
         if closed.kind == "reasoning":
             self._closed[closed.item] = cast(JSONObject, entries[-1])
         return entries
@@ -6818,7 +6873,9 @@ class TurnLoop:
         settings = _request_settings(
             job.valves, request, spec, self._env.secret, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
-        intake = self._take_in(plan_intake(body.messages), request.user_id)
+        takes_reasoning = settings.replay != "off" and spec.reasons and not request.is_task
+        plan = plan_intake(body.messages) if takes_reasoning else IntakePlan()
+        intake = self._take_in(plan, request.user_id)
         translated = ResponsesBody.from_completions(body, spec, settings, intake)
         self._log_unsent(job, body, translated)
         await job.emitter.send([Notice(text) for text in translated.notices])
@@ -6834,14 +6891,14 @@ class TurnLoop:
             job.valves.SSE_WORKERS_PER_REQUEST,
         )
         sink = job.emitter.send
-        if settings.replay != "off" and spec.reasons and request.dialect != "task":
+        if takes_reasoning:
             sink = self._recording(sink, request.user_id)
         await self._engine.stream(connection, upstream, sink, policy, limits)
 
     def _take_in(self, plan: IntakePlan, user_id: str) -> Intake:
         """Open what can be opened; what cannot is another person's, or older than the server's secret."""
         records: dict[str, TurnEntries] = {}
-        for sealed in plan.sealed:
+        for sealed in plan.sealed if self._cipher.can_seal else ():
             with contextlib.suppress(StorageError, ValueError):
                 records[sealed] = _objects(_json_loads(self._cipher.open(sealed, user_id)))
         if len(records) < len(plan.sealed):
@@ -6878,7 +6935,7 @@ class TurnLoop:
             size = len(detail["sealed"])
         else:
             detail["record"], size = record.dump(), len(data)
-        if size > _MAX_CARRIER_CHARS:
+        if size > _MAX_CARRIER_CHARS or len(data) > _MAX_RECORD_BYTES:
             return [Notice(_NOT_REMEMBERED)]
         return [CarrierReady(item, [detail])]
 
@@ -6890,7 +6947,7 @@ class TurnLoop:
         """
         request = job.request
         # The parameters of a task come from the server itself.
-        if not body.is_guarded or request.is_admin or request.dialect == "task":
+        if not body.is_guarded or request.is_admin or request.is_task:
             return body
         named = str(request.body.get("model") or "")
         approved = await self._host.admin_params((request.picked_model, named))
@@ -6952,7 +7009,7 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
-_RECORDED: Final = (ItemClosed, ToolRequested)
+_RECORDED: Final = (ItemClosed, ToolRequested, StatusUpdate)
 _NOT_REMEMBERED: Final = (
     "This thinking is too long to be kept: the model will not remember it, only its answer."
 )
@@ -7257,6 +7314,7 @@ def _capture(
     chat_id, message_id = str(metadata.get("chat_id") or ""), str(metadata.get("message_id") or "")
     return ChatRequest(
         body=body,
+        is_task=bool(task),
         dialect=_dialect(task, bool(body.get("stream")), bool(chat_id and message_id)),
         model=_upstream_model_id(str(body.get("model") or "")),
         chat_id=chat_id,

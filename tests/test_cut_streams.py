@@ -82,6 +82,8 @@ def _take_event(got: Got, event: Json) -> None:
         got.errors.append(event["error"]["message"])
     elif kind == "response.output_item.added":
         got.still_open.append(item["id"])
+    elif kind == "response.output_item.done" and item.get("reasoning_details"):
+        assert item["id"] not in got.still_open  # its end has come; this is what the host keeps with it
     elif kind == "response.output_item.done":
         got.still_open.remove(item["id"])
         if item["type"] == "function_call":

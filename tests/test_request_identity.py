@@ -436,10 +436,10 @@ def test_what_anthropics_models_keep(
 ) -> None:
     spec = MODELS.get(model) or MODELS[CLAUDE]._replace(id=model)
     valves = Valves.model_validate({"PROMPT_CACHING": caching, "PROMPT_CACHE_TTL": ttl})
-    for dialect in ("browser", "task"):
-        request = ChatRequest(body={}, dialect="task" if dialect == "task" else "browser", model=model)
+    for is_task in (False, True):
+        request = ChatRequest(body={}, dialect="api_stream", model=model, is_task=is_task)
         made = _request_settings(valves, request, spec, "secret", offer_tools=False)
-        expected = sent if keeps and dialect != "task" else None
+        expected = sent if keeps and not is_task else None
         assert leaving(spec, made).get("cache_control") == expected
 
 
