@@ -50,14 +50,17 @@ import functools
 import hashlib
 import hmac
 import io
+import ipaddress
 import itertools
 import json
 import logging
 import math
+import mimetypes
 import os
 import random
 import re
 import secrets
+import socket
 import sys
 import time
 import types
@@ -78,10 +81,12 @@ from datetime import date
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, TypeVar, cast
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from aiohttp.abc import AbstractResolver, ResolveResult
+from aiohttp.http import HttpProcessingError
 from cryptography.exceptions import InvalidTag
 from cryptography.fernet import Fernet, InvalidToken
 from cryptography.hazmat.primitives import hashes
@@ -142,6 +147,12 @@ _RETIRE_DEADLINE_S: Final = 300.0
 _CLEANUP_S: Final = 5.0
 _EMIT_S: Final = 5.0  # what the host may take for one event
 _HOST_CALL_S: Final = 1.0  # what a question to the host may take when nothing depends on it
+_MAX_URL_CHARS: Final = 8_192
+_MAX_HOST_CHARS: Final = 253
+_MAX_REDIRECTS: Final = 5
+_DOWNLOAD_S: Final = 30.0
+_SNIFFED_BYTES: Final = 2_048
+_MEGABYTE: Final = 1024 * 1024
 _MINIMUM_HOST: Final = (0, 11, 2)
 
 # name -> (characters that may leave at once, milliseconds that fewer may wait for company)
@@ -160,6 +171,16 @@ _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
 _IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
 _PLAIN_WORD_RE: Final = re.compile(r"[a-z]+(?:[ ,;!?]|\.?$)")  # no model id, no path, no name of a parameter
 _CODE_WORD_RE: Final = re.compile(r"\d+|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+|None|null")
+_NOT_IN_URLS_RE: Final = re.compile(r"[\s\\\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+_URL_RE: Final = re.compile(  # letters by name: with IGNORECASE, [a-z] also matches ſ and the Kelvin sign
+    r"[A-Za-z]+://((?:[A-Za-z0-9_-]{1,63}\.)*[A-Za-z0-9_-]{1,63}|\[[0-9A-Fa-f:.]{2,45}\])"
+    r"(?::([0-9]{1,5}))?(?:[/?#].*)?"
+)
+_NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes a host an IPv4 address
+_MARKUP_RE: Final = re.compile(
+    rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
+)
+_BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 # Every line we log goes through this one
 LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
@@ -471,6 +492,10 @@ class RequestSettings(NamedTuple):
     metadata: Mapping[str, str] = types.MappingProxyType({})
     cache_ttl: str = ""
     replay: Literal["off", "next_reply", "conversation"] = "conversation"
+    most_images: int = 20
+    most_bytes: int = 50 * _MEGABYTE
+    most_video_bytes: int = 100 * _MEGABYTE
+    pdf_engine: str = ""
 
 
 TurnEntries = Sequence[Mapping[str, Any]]  # one upstream call's output in order, see `TurnRecord`
@@ -677,6 +702,8 @@ _NOTHING_TO_AWAIT: Final = _NothingToAwait()
 # ├─ ConfigurationError         no API key, a host that is too old
 # ├─ AdmissionError             retiring
 # ├─ InputError                 the request cannot be translated
+# │  ├─ UnsafeURLError          an address that could lead into the server's own network
+# │  └─ PayloadTooLargeError    a file above its limit
 # ├─ OpenRouterAPIError         OpenRouter refused, with its own words
 # │  └─ _RetryableHTTPStatusError   the same, and trying again may help
 # ├─ StreamError                the stream was malformed, cut or failed
@@ -734,6 +761,18 @@ class AdmissionError(PipeError):
 
 class InputError(PipeError):
     """The chat holds something that cannot be sent."""
+
+    template = "input"
+
+
+class UnsafeURLError(InputError):
+    """The chat names an address that is not fetched: it leads inward, or could be read to."""
+
+    template = "input"
+
+
+class PayloadTooLargeError(InputError):
+    """The chat holds or names a file above its limit."""
 
     template = "input"
 
@@ -1264,6 +1303,132 @@ def _upstream_model_id(model: str) -> str:
     return tail if dot and "/" not in head and "@" not in head else model
 
 
+# What is not the open internet (IANA's registries of special addresses, and all of IPv6 beside 2000::/3)
+_INWARD_NETWORKS: Final = """
+    0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
+    192.88.99.0/24 192.168.0.0/16 198.18.0.0/15 198.51.100.0/24 203.0.113.0/24 224.0.0.0/4 240.0.0.0/4
+    168.63.129.16/32
+    ::/3 4000::/2 8000::/1 2001::/23 2001:db8::/32 2002::/16 3fff::/20
+"""  # 168.63.129.16 looks public and is Azure's own, within each of its machines
+_NAT64_PREFIX: Final = 0x0064_FF9B << 64  # 64:ff9b::/96 without its last 32 bits, which are an IPv4 address
+
+
+@functools.cache
+def _inward_networks() -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    return tuple(ipaddress.ip_network(network) for network in _INWARD_NETWORKS.split())
+
+
+def _is_public(address: str) -> bool:
+    """Whether an IP address is one of the open internet, an IPv4 address inside of an IPv6 one too.
+
+    Behind NAT64 every IPv4 server has an address of 64:ff9b::/96, so these are judged by what they hold.
+    All other forms that embed one (mapped, compatible, 6to4, Teredo, local NAT64) are refused unread.
+    """
+    try:
+        ip = ipaddress.ip_address(address)
+    except ValueError:
+        return False
+    if int(ip) >> 32 == _NAT64_PREFIX:
+        ip = ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF)
+    return "%" not in address and ip.is_global and not any(ip in network for network in _inward_networks())
+
+
+class _WebAddress(NamedTuple):
+    """Where a URL leads, or the `problem` that is plain before its name is resolved.
+
+    `literal` is the host where that is an IP address already; `is_allowed`: an administrator vouches for it.
+    """
+
+    problem: str
+    host: str = ""
+    port: int = 0
+    literal: str = ""
+    is_allowed: bool = False
+
+
+def _web_address(url: str, allowed_hosts: frozenset[str] = frozenset()) -> _WebAddress:
+    """Read a URL so strictly that no other reader can find another host in it.
+
+    Any port will do: what speaks no TLS does not answer, and a host without TLS has to be allowed.
+    """
+    if len(url) > _MAX_URL_CHARS:
+        return _WebAddress("the address is too long")
+    if _NOT_IN_URLS_RE.search(url):
+        return _WebAddress("the address holds a blank or another character that no address may hold")
+    scheme, _, rest = url.partition(":")
+    if scheme.lower() not in ("http", "https"):
+        return _WebAddress("only https addresses are fetched")
+    if "@" in re.split(r"[/?#]", rest.removeprefix("//"), maxsplit=1)[0]:
+        return _WebAddress("the address holds a user name or a password")
+    match = _URL_RE.fullmatch(url)
+    host = match[1].lower() if match else ""
+    port = int(match[2] or (443 if scheme.lower() == "https" else 80)) if match else 0
+    try:
+        literal = _literal_address(host)
+    except ValueError:
+        host = literal = ""
+    if not 0 < len(host) <= _MAX_HOST_CHARS or not 0 < port < 65536:
+        return _WebAddress("the address does not name its server in the plain form")
+    is_allowed = any(name.lower() in (host, f"{host}:{port}") for name in allowed_hosts)
+    if scheme.lower() == "http" and not is_allowed:
+        return _WebAddress("only https addresses are fetched")
+    return _WebAddress("", host, port, literal, is_allowed)
+
+
+def _literal_address(host: str) -> str:
+    """The IP address that a host is, else "".
+
+    Raises:
+        ValueError: some readers would take it for an address: `127.1`, `0x7f000001`, `2130706433`.
+    """
+    if host.startswith("["):
+        return str(ipaddress.IPv6Address(host[1:-1]))
+    is_number = _NUMBER_RE.fullmatch(host.rpartition(".")[2])
+    return str(ipaddress.IPv4Address(host)) if is_number else ""
+
+
+def _is_safe_url(url: str, addresses: Iterable[str], allowed_hosts: frozenset[str] = frozenset()) -> str:
+    """Why `url`, whose name has these `addresses`, is not fetched; "" if it may be.
+
+    `allowed_hosts` are names as in the URL, or `name:port`, that may use http and addresses of any kind.
+    """
+    where = _web_address(url, allowed_hosts)
+    if where.problem:
+        return where.problem
+    judged = [*addresses, *filter(None, [where.literal])]
+    if not judged:
+        return "its server has no address"
+    is_fine = where.is_allowed or all(map(_is_public, judged))
+    return "" if is_fine else "its server is not on the open internet"
+
+
+def _megabytes(size: int) -> str:
+    return f"{round(size / _MEGABYTE, 1):g} MB"
+
+
+def _validate_base64_size(data: str, max_bytes: int) -> int:
+    """The number of bytes that `data`, base64 of the standard alphabet in one line, decodes to.
+
+    Raises:
+        PayloadTooLargeError: more than `max_bytes`.
+        InputError: it is no base64.
+    """
+    body = len(data) - 2 if data.endswith("==") else len(data) - data.endswith("=")
+    size = body * 3 // 4
+    if size > max_bytes:
+        raise PayloadTooLargeError(f"A file in it is larger than {_megabytes(max_bytes)}, which is the limit")
+    is_whole = body % 4 != 1 and (body == len(data) or len(data) % 4 == 0)
+    if not is_whole or not data.isascii() or not _is_base64(data, body):
+        raise InputError("A file in it is damaged: it is not in base64")
+    return size
+
+
+def _is_base64(data: str, size: int) -> bool:
+    """Whether the first `size` characters are of the alphabet; in pieces, to copy little at a time."""
+    pieces = (data[start : min(start + _MEGABYTE, size)] for start in range(0, size, _MEGABYTE))
+    return not any(piece.encode().translate(None, _BASE64_ALPHABET) for piece in pieces)
+
+
 # ── 5. Session logging ───────────────────────────────────────────────────────
 # (empty)
 # Will hold: log lines that know their request, and the log of a failed request for its admin.
@@ -1522,6 +1687,22 @@ class _RequestValves(_StreamingValves):
             "requests there."
         ),
     )
+    MAX_INPUT_IMAGES_PER_REQUEST: int = Field(
+        default=20, ge=0, le=100, description="Pictures sent with a request: the latest ones; 0 = none."
+    )
+    PDF_ENGINE: Literal["auto", "native", "mistral-ocr", "cloudflare-ai"] = Field(
+        default="auto",
+        description="Who reads PDF files: OpenRouter's choice, the model itself, or a service.",
+    )
+    BASE64_MAX_SIZE_MB: int = Field(
+        default=50,
+        ge=1,
+        le=500,
+        description="Largest picture, file or recording that a chat may hold, in MB.",
+    )
+    VIDEO_MAX_SIZE_MB: int = Field(
+        default=100, ge=1, le=500, description="Largest film that a chat may hold, in MB."
+    )
     USER_REQUEST_FIELDS: str = Field(
         default="",
         description=(
@@ -1669,6 +1850,10 @@ def _request_settings(
         metadata={"chat_id": ids["chat"]} if ids.get("chat") else {},
         cache_ttl=valves.PROMPT_CACHE_TTL if caches else "",
         replay=valves.PERSIST_REASONING,
+        most_images=valves.MAX_INPUT_IMAGES_PER_REQUEST,
+        most_bytes=valves.BASE64_MAX_SIZE_MB * _MEGABYTE,
+        most_video_bytes=valves.VIDEO_MAX_SIZE_MB * _MEGABYTE,
+        pdf_engine="" if valves.PDF_ENGINE == "auto" else valves.PDF_ENGINE,
     )
 
 
@@ -3150,7 +3335,7 @@ class ResponsesBody(NamedTuple):
         Raises:
             InputError: nothing is left to send, or a parameter has a value of the wrong kind.
         """
-        history = _transform_messages_to_input(body.messages, spec, settings.replay, intake)
+        history = _transform_messages_to_input(body.messages, spec, settings, intake)
         if not history.items:
             raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
@@ -3166,6 +3351,7 @@ class ResponsesBody(NamedTuple):
             parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
         _set_parameters(payload, parameters)
         _set_reasoning(payload, spec, settings)
+        _set_pdf_engine(payload, settings)
         _set_identity(payload, settings)
         if settings.whole_output and spec.max_output:
             payload.setdefault("max_output_tokens", spec.max_output)
@@ -3183,6 +3369,24 @@ _TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
 _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
     "picture": ("a picture, because this model cannot see", "{} pictures, because this model cannot see"),
     "unreadable picture": ("a picture that could not be read", "{} pictures that could not be read"),
+    "file": ("a file that could not be read", "{} files that could not be read"),
+    "large file": ("a file that is too large", "{} files that are too large"),
+    "recording": (
+        "a recording, because this model cannot hear",
+        "{} recordings, because this model cannot hear",
+    ),
+    "recording format": (
+        "a recording that is neither WAV nor MP3",
+        "{} recordings that are neither WAV nor MP3",
+    ),
+    "film": (
+        "a film, because this model cannot watch films",
+        "{} films, because this model cannot watch films",
+    ),
+    "many pictures": (
+        "a picture, because there are too many in this chat",
+        "{} pictures, because there are too many in this chat",
+    ),
     "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
     "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
     "tool": None,  # said where it is known whether somebody chose them
@@ -3194,9 +3398,10 @@ _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
 class _History:
     """The items of a history while it is translated, and what had to be left out."""
 
-    __slots__ = ("_used_ids", "instructions", "items", "left_out")
+    __slots__ = ("_used_ids", "instructions", "items", "left_out", "settings")
 
-    def __init__(self) -> None:
+    def __init__(self, settings: RequestSettings) -> None:
+        self.settings = settings
         self.instructions = ""
         self.items: list[JSONObject] = []
         self.left_out: dict[str, int] = {}
@@ -3234,7 +3439,7 @@ def plan_intake(messages: Sequence[Mapping[str, Any]]) -> IntakePlan:
 def _transform_messages_to_input(
     messages: Sequence[Mapping[str, Any]],
     spec: ModelSpec,
-    replay: str = "conversation",
+    settings: RequestSettings = _PLAIN_SETTINGS,
     intake: Intake = _NOTHING_TAKEN_IN,
 ) -> _History:
     """Translate chat messages to input items (reference §4), in their order.
@@ -3242,11 +3447,11 @@ def _transform_messages_to_input(
     System messages at the head become the instructions; a call without its output, or an output
     without its call, is dropped, because the API refuses a history that holds one.
     """
-    history = _History()
+    history = _History(settings)
     history.instructions, rest = _extract_system_prompt(messages)
     open_calls: dict[str, str] = {}
     records = dict(intake.records)  # each is used once: it stands for one call
-    replay_from = _replay_from(rest, replay) if spec.reasons else len(rest)
+    replay_from = _replay_from(rest, settings.replay) if spec.reasons else len(rest)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
         if role == "tool":
@@ -3269,7 +3474,27 @@ def _transform_messages_to_input(
         if calls:
             open_calls = {call.call_id: sent for call, sent in calls}
             history.items += [_call_item(call, sent) for call, sent in calls]
+    _keep_latest_images(history)
     return history
+
+
+def _keep_latest_images(history: _History) -> None:
+    """Leave out the earliest pictures above the limit; a message that held nothing else goes with them."""
+    left = history.settings.most_images
+    for item in reversed(history.items):
+        content = item.get("content")
+        if item.get("role") != "user" or not isinstance(content, list):
+            continue
+        kept: list[JSONObject] = []
+        for part in reversed(content):
+            if part["type"] == "input_image":
+                left -= 1
+                if left < 0:
+                    history.leave_out("many pictures")
+                    continue
+            kept.append(part)
+        item["content"] = kept[::-1]
+    history.items = [item for item in history.items if item.get("content") != []]
 
 
 def _replay_from(messages: Sequence[Mapping[str, Any]], replay: str) -> int:
@@ -3692,8 +3917,79 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
     if not spec.takes_images:
         history.leave_out("picture")
         return None
-    detail = _mapping(image).get("detail")
+    if not _fits(url, history, "unreadable picture"):
+        return None
+    detail = _mapping(image).get("detail") or block.get("detail")
     return {"type": "input_image", "image_url": url, "detail": detail if detail in _IMAGE_DETAILS else "auto"}
+
+
+def _fits(source: str, history: _History, damaged: str, most_bytes: int | None = None) -> bool:
+    """Whether a data URL holds base64 within the limit; what does not is left out. Other URLs do."""
+    head, comma, data = source.partition(",")
+    if not head.startswith("data:"):
+        return True
+    try:
+        if not comma or not head.endswith(";base64"):
+            raise InputError
+        _validate_base64_size(data, most_bytes or history.settings.most_bytes)
+    except PayloadTooLargeError:
+        history.leave_out("large file")
+        return False
+    except InputError:
+        history.leave_out(damaged)
+        return False
+    return True
+
+
+def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    """A file as chat or `/responses` has it; a model that does not read files gets the text of a PDF."""
+    file = _mapping(block.get("file")) or block
+    source = _text_of(file, "file_data") or _text_of(file, "file_url")
+    name = _text_of(file, "filename")
+    if source.startswith("https://"):
+        name = name or urlsplit(source).path.rpartition("/")[2]
+        return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
+    if not source and _text_of(file, "file_id"):
+        return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
+    if source and not source.startswith("data:"):
+        source = f"data:{mimetypes.guess_type(name)[0] or 'application/pdf'};base64,{source}"
+    if not source:
+        history.leave_out("file")
+        return None
+    if not _fits(source, history, "file"):
+        return None
+    return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_data": source}
+
+
+_NAMELESS_FILE: Final = "file.pdf"
+
+
+def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    audio = _mapping(block.get("input_audio"))
+    kind = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(
+        _text_of(audio, "format"), _text_of(audio, "format")
+    )
+    data = _text_of(audio, "data").rpartition(",")[2]
+    if not spec.takes_audio or kind not in ("wav", "mp3"):
+        history.leave_out("recording format" if spec.takes_audio else "recording")
+        return None
+    if not data or not _fits(f"data:audio/{kind};base64,{data}", history, "file"):
+        return None
+    return {"type": "input_audio", "input_audio": {"data": data, "format": kind}}
+
+
+def _to_input_video(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    video = block.get("video_url")
+    url = video if isinstance(video, str) else _text_of(_mapping(video), "url")
+    if not spec.takes_video:
+        history.leave_out("film")
+        return None
+    if not url.startswith(("data:video/", "https://")):
+        history.leave_out("file")
+        return None
+    if not _fits(url, history, "file", history.settings.most_video_bytes):
+        return None
+    return {"type": "input_video", "video_url": url}
 
 
 _IMAGE_DETAILS: Final = ("auto", "low", "high", "original")
@@ -3703,6 +3999,12 @@ _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JS
     "text": _to_input_text,
     "input_text": _to_input_text,
     "image_url": _to_input_image,
+    "input_image": _to_input_image,
+    "file": _to_input_file,
+    "input_file": _to_input_file,
+    "input_audio": _to_input_audio,
+    "video_url": _to_input_video,
+    "input_video": _to_input_video,
 }
 
 
@@ -4086,6 +4388,18 @@ def _set_reasoning(payload: JSONObject, spec: ModelSpec, settings: RequestSettin
     payload["include"] = ["reasoning.encrypted_content"]
 
 
+def _set_pdf_engine(payload: JSONObject, settings: RequestSettings) -> None:
+    """Who reads the files of the chat, unless the chat itself says so (reference §5)."""
+    parts = [
+        part for item in payload["input"] if isinstance(item.get("content"), list) for part in item["content"]
+    ]
+    plugins = payload.get("plugins", [])
+    is_said = any(plugin.get("id") == "file-parser" for plugin in plugins)
+    if settings.pdf_engine and not is_said and any(part.get("type") == "input_file" for part in parts):
+        parser = {"id": "file-parser", "pdf": {"engine": settings.pdf_engine}}
+        payload["plugins"] = [*plugins, parser]
+
+
 def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
     """Who and what this is, for caches and against abuse (reference §3); what a chat sets itself wins."""
     named = {"session_id": settings.session_id, "user": settings.user, "safety_identifier": settings.user}
@@ -4186,9 +4500,26 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
 
 
 def _to_chat_part(part: JSONObject) -> JSONObject:
-    if part["type"] == "input_image":
-        return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part["detail"]}}
-    return {"type": "text", "text": part["text"]}
+    return _CHAT_PARTS[part["type"]](part)
+
+
+def _to_chat_image(part: JSONObject) -> JSONObject:
+    return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part["detail"]}}
+
+
+def _to_chat_file(part: JSONObject) -> JSONObject:
+    """Chat has one place for content and addresses (reference §13)."""
+    file = {name: part[name] for name in ("filename", "file_id", "file_data") if name in part}
+    return {"type": "file", "file": {**file, "file_data": part["file_url"]} if "file_url" in part else file}
+
+
+_CHAT_PARTS: Final[dict[str, Callable[[JSONObject], JSONObject]]] = {
+    "input_text": lambda part: {"type": "text", "text": part["text"]},
+    "input_image": _to_chat_image,
+    "input_file": _to_chat_file,
+    "input_audio": lambda part: part,
+    "input_video": lambda part: {"type": "video_url", "video_url": {"url": part["video_url"]}},
+}
 
 
 def _add_chat_call(messages: list[JSONObject], item: JSONObject) -> None:
@@ -6386,8 +6717,218 @@ def _in_brackets(count: Any, what: str) -> str:
 
 
 # ── 14. Media intake ─────────────────────────────────────────────────────────
-# (empty)
-# Will hold: downloads that cannot be turned inward, and references to media made into blobs.
+# Downloads of the files that a chat names.
+# Promise: a connection goes to an address that was judged for it, one redirect at a time; what comes back
+# is bounded in size and time, is never decompressed, and is named after its own first bytes.
+# Doc: docs/multimodal_ingestion_pipeline.md   Tests: tests/test_safe_fetcher.py
+
+_DOWNLOAD_HEADERS: Final[dict[str, str]] = {
+    "User-Agent": "openrouter-responses-pipe",
+    "Accept": "*/*",
+    "Accept-Encoding": "identity",
+}
+_REDIRECT_STATUS: Final = frozenset({301, 302, 303, 307, 308})
+# How a file begins -> what it is; the first that fits counts
+_SIGNATURES: Final[dict[bytes, str]] = {
+    rb"\x89PNG\r\n\x1a\n": "image/png",
+    rb"\xff\xd8\xff": "image/jpeg",
+    rb"GIF8[79]a": "image/gif",
+    rb"RIFF.{4}WEBP": "image/webp",
+    rb"BM.{4}\0{4}": "image/bmp",
+    rb".{4}ftyp(?:avi[fs]|mif1.{4}(?:.{4}){0,9}?avif)": "image/avif",
+    rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)": "image/heic",
+    rb".{4}ftypM4[AB] ": "audio/mp4",
+    rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
+    rb".{4}ftyp": "video/mp4",
+    rb"\s{0,9}%PDF-": "application/pdf",
+    rb"RIFF.{4}WAVE": "audio/wav",
+    rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
+    rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
+    rb"OggS.{24,99}?\x80theora": "video/ogg",
+    rb"OggS": "audio/ogg",
+    rb"fLaC": "audio/flac",
+    rb"\x1aE\xdf\xa3.{0,60}?webm": "video/webm",
+    rb"\x1aE\xdf\xa3": "video/x-matroska",
+    rb"\0\0\x01[\xba\xb3]": "video/mpeg",
+}
+# What aiohttp raises -> what it means; the first that fits counts
+_DOWNLOAD_FAILURES: Final[dict[type[BaseException], str]] = {
+    TimeoutError: "it took too long",
+    socket.gaierror: "its server's name is not known",
+    aiohttp.ClientConnectorCertificateError: "its server's certificate could not be verified",
+    aiohttp.ClientConnectorError: "its server could not be reached",
+    aiohttp.ClientPayloadError: "the connection was cut",
+    aiohttp.ServerDisconnectedError: "the connection was cut",
+    aiohttp.ClientResponseError: "the answer is not valid",
+    HttpProcessingError: "the answer is not valid",
+    ValueError: "its address is not valid",
+}
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]  # (host, port) -> its IP addresses
+
+
+class Download(NamedTuple):
+    """A file that was downloaded: its bytes, what they are by themselves, the address that gave them."""
+
+    content: bytes
+    mime: str
+    url: str
+
+
+class SafeFetcher:
+    """Downloads what a chat names: over https, and from the open internet only.
+
+    `allowed_hosts` are exceptions, names or `name:port`; `resolve` gives the addresses of a name. Each
+    request has a session and a connector of its own: nothing that one was granted, no cookie, no open
+    connection, no answer of the name service, is there for the next.
+    """
+
+    def __init__(self, allowed_hosts: frozenset[str] = frozenset(), resolve: Resolve | None = None) -> None:
+        self._allowed_hosts = allowed_hosts
+        self._resolve = resolve or _look_up
+        self._running: set[asyncio.Timeout] = set()
+        self._closed = False
+
+    async def fetch(self, url: str, max_bytes: int, timeout_s: float = _DOWNLOAD_S) -> Download:
+        """The file at `url`, of at most `max_bytes`, had within `timeout_s` from the first step to the last.
+
+        Raises:
+            UnsafeURLError: the address, or one that it redirects to, is refused.
+            PayloadTooLargeError: it is larger.
+            InputError: it could not be had.
+            AdmissionError: the fetcher was closed.
+        """
+        if self._closed:
+            raise AdmissionError(_UPDATED)
+        timer = asyncio.timeout(timeout_s)
+        self._running.add(timer)
+        try:
+            async with timer:
+                for _ in range(_MAX_REDIRECTS + 1):
+                    found = await self._request(url, max_bytes)
+                    if isinstance(found, bytes):
+                        return Download(found, _sniffed(found), url)
+                    url = found
+        except (aiohttp.ClientError, HttpProcessingError, OSError, ValueError) as exc:
+            if self._closed:
+                raise AdmissionError(_UPDATED) from exc
+            words = (text for kind, text in _DOWNLOAD_FAILURES.items() if isinstance(exc, kind))
+            raise _not_downloaded(next(words, "the connection failed")) from exc
+        finally:
+            self._running.discard(timer)
+        raise _not_downloaded("it redirects too often")
+
+    async def aclose(self) -> None:
+        """Take no more; what still runs ends at once, in an AdmissionError."""
+        self._closed = True
+        for timer in self._running:
+            if not timer.expired():
+                timer.reschedule(0)  # closing its session would leave a reader waiting
+
+    async def _request(self, url: str, max_bytes: int) -> bytes | str:
+        """The content of `url`, or the address that it redirects to."""
+        addresses = await self._judged_addresses(url)
+        async with aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(resolver=_Judged(addresses), use_dns_cache=False),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers=_DOWNLOAD_HEADERS,
+            timeout=aiohttp.ClientTimeout(total=None),  # `fetch` counts the time
+            auto_decompress=False,
+            trust_env=False,  # no proxy of the environment: it would look names up itself
+        ) as session:
+            response = await session.get(url, allow_redirects=False)
+            try:
+                if response.status in _REDIRECT_STATUS:
+                    return _redirect_target(url, response.headers.get("Location", ""))
+                return await _read_body(response, max_bytes)
+            finally:
+                if response.connection is not None and response.connection.transport is not None:
+                    response.connection.transport.abort()  # not even a TLS farewell is waited for
+                response.close()
+
+    async def _judged_addresses(self, url: str) -> list[str]:
+        """The addresses that a connection to `url` may go to; a name is looked up once, here."""
+        where = _web_address(url, self._allowed_hosts)
+        if where.problem or where.literal:
+            addresses = [where.literal]
+        else:
+            addresses = await self._resolve(where.host, where.port)
+        if reason := _is_safe_url(url, addresses, self._allowed_hosts):
+            raise UnsafeURLError(f"The file was not downloaded: {reason}")
+        return addresses
+
+
+class _Judged(AbstractResolver):
+    """Answers whatever is asked with the judged addresses."""
+
+    def __init__(self, addresses: list[str]) -> None:
+        self._addresses = addresses
+
+    async def resolve(
+        self, host: str, port: int = 0, family: socket.AddressFamily = socket.AF_INET
+    ) -> list[ResolveResult]:
+        """Every address, with the family that it is of."""
+        return [
+            ResolveResult(hostname=host, host=address, port=port, family=kind, proto=0, flags=0)
+            for address in self._addresses
+            for kind in [socket.AF_INET6 if ":" in address else socket.AF_INET]
+        ]
+
+    async def close(self) -> None:
+        """There is nothing to close."""
+
+
+async def _look_up(host: str, port: int) -> list[str]:
+    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(str(entry[4][0]) for entry in found))
+
+
+def _redirect_target(url: str, location: str) -> str:
+    if not location:
+        raise _not_downloaded("it redirects to nowhere")
+    target = urljoin(url, location)
+    if url.lower().startswith("https:") and target.lower().startswith("http:"):
+        raise UnsafeURLError("The file was not downloaded: it redirects from https to http")
+    return target
+
+
+async def _read_body(response: aiohttp.ClientResponse, max_bytes: int) -> bytes:
+    """The body as it was sent, if it is a whole file that was not packed."""
+    if response.status != 200:
+        raise _not_downloaded(f"its server answered {response.status}")
+    packings = {packing.strip().lower() for packing in response.headers.getall("Content-Encoding", ())}
+    if packings - {"", "identity"}:
+        raise _not_downloaded("its server sent it compressed, which was not asked for")
+    content = bytearray()
+    size = response.content_length or 0
+    while size <= max_bytes and (chunk := await response.content.readany()):
+        content += chunk
+        size = max(size, len(content))
+    if size > max_bytes:
+        raise PayloadTooLargeError(f"The file is larger than {_megabytes(max_bytes)}, which is the limit")
+    if not content:
+        raise _not_downloaded("it is empty")
+    return bytes(content)
+
+
+def _not_downloaded(words: str) -> InputError:
+    return InputError(f"The file could not be downloaded: {words}")
+
+
+def _sniffed(content: bytes) -> str:
+    """What a file is by its first bytes: what a header or a name says of it counts nothing."""
+    head = content[:_SNIFFED_BYTES]
+    for beginning, mime in _SIGNATURES.items():
+        if re.match(beginning, head, re.DOTALL):
+            return mime
+    is_markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+    if is_markup and (tag := _MARKUP_RE.search(head)):
+        return "image/svg+xml" if tag[1].lower() == b"svg" else "text/html"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return "application/octet-stream"
+    return "application/octet-stream" if b"\0" in content else "text/plain"
 
 
 # ── 15. Artifact store ───────────────────────────────────────────────────────

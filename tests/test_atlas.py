@@ -11,7 +11,7 @@ from tests.valves_atlas import BEGIN, CONDITIONS, END, PAGE, render, tables
 
 
 def _names(text: str) -> list[str]:
-    return re.findall(r"^\| `([A-Z_]+)` \|", text, flags=re.MULTILINE)
+    return re.findall(r"^\| `([A-Z0-9_]+)` \|", text, flags=re.MULTILINE)
 
 
 def test_the_page_is_what_the_generator_writes() -> None:

@@ -66,11 +66,10 @@ GIVEN_NAMES: Final[dict[int, str]] = {
 PENDING: Final = words(
     """
     _REMOTE_FILE_MAX_SIZE_DEFAULT_MB _MARKDOWN_IMAGE_RE _QUEUE_MAXSIZE StatusMessages
-    ArtifactPayload _QueuedToolCall _ToolExecutionContext _is_safe_url _validate_base64_size
+    ArtifactPayload _QueuedToolCall _ToolExecutionContext
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment _inline_internal_file_url
-    _to_input_file _to_input_audio _to_input_video
-    _strictify_schema _get_chat_context _emit_tool_prompt SafeFetcher MediaIntake
+    _strictify_schema _get_chat_context _emit_tool_prompt MediaIntake
     ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
     CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop
