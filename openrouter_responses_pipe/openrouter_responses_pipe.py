@@ -165,6 +165,7 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 
 # Patterns
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
+_ID_RE: Final = re.compile(r"[\w.:@-]{1,200}")
 _EMPTY_BRACKETS_RE: Final = re.compile(r"\(\s*\)|\[\s*\]")
 _MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
@@ -512,6 +513,13 @@ class Intake(NamedTuple):
 
     records: Mapping[str, TurnEntries] = types.MappingProxyType({})
     takes_unsealed: bool = False  # the server has no secret, so nothing could be sealed
+
+
+class ChatContext(NamedTuple):
+    """Which chat and message a request is of; empty where it is of none."""
+
+    chat_id: str = ""
+    message_id: str = ""
 
 
 class Fetched(NamedTuple):
@@ -3235,8 +3243,19 @@ _PUBLISH_WAIT_S: Final = 1.0
 
 
 _MOST_NAMED: Final = 20
+_READ_ELSEWHERE: Final = frozenset({"system", "params", "chat_id", "message_id"})
 _PLAIN_SETTINGS: Final = RequestSettings()
 _NOTHING_TAKEN_IN: Final = Intake()
+
+
+def _get_chat_context(metadata: Mapping[str, Any], body: Mapping[str, Any]) -> ChatContext:
+    """The ids of a request: the host's, else those that a client names; what is no id counts as none."""
+    sources = (metadata, body, _mapping(body.get("metadata")))
+
+    def first(name: str) -> str:
+        return next((found for source in sources if _ID_RE.fullmatch(found := _text_of(source, name))), "")
+
+    return ChatContext(first("chat_id"), first("message_id"))
 
 
 class CompletionsBody(NamedTuple):
@@ -3306,7 +3325,7 @@ class CompletionsBody(NamedTuple):
     @property
     def unsent(self) -> tuple[str, ...]:
         """The parameters that `/responses` does not have, their names fit for a log."""
-        names = (name for name in self.parameters if name not in _PARAMETERS)
+        names = (name for name in self.parameters if name not in _PARAMETERS and name not in _READ_ELSEWHERE)
         return tuple(ascii(str(name)[:40])[1:-1] for name in itertools.islice(names, _MOST_NAMED))
 
     @property
@@ -3339,9 +3358,9 @@ class ResponsesBody(NamedTuple):
         if not history.items:
             raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
         payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
-        if history.instructions:
-            payload["instructions"] = history.instructions
         parameters = dict(body.parameters)
+        if instructions := _with_own_prompt(history.instructions, parameters):
+            payload["instructions"] = instructions
         tools = _to_response_tools(body.tools) if settings.offer_tools else []
         if tools and not spec.takes_tools:
             history.left_out["tool"], tools = len(tools), []
@@ -3517,6 +3536,15 @@ def _extract_system_prompt(
         if text.strip():
             texts.append(text)
     return "\n\n".join(texts), ()
+
+
+def _with_own_prompt(instructions: str, parameters: Mapping[str, Any]) -> str:
+    """The system prompt of a body's own fields before that of its messages, unless these hold it already.
+
+    Open WebUI merges what a model, a folder or a chat says into the messages; other callers may not.
+    """
+    own = _text_of(parameters, "system") or _text_of(_mapping(parameters.get("params")), "system")
+    return instructions if own.strip() in instructions else "\n\n".join(filter(None, (own, instructions)))
 
 
 def _plain_text(content: Any) -> str:
@@ -7852,14 +7880,16 @@ def _capture(
 ) -> ChatRequest:
     """The arguments of `pipe()`, normalised once."""
     user, metadata = user or {}, metadata or {}
-    chat_id, message_id = str(metadata.get("chat_id") or ""), str(metadata.get("message_id") or "")
+    context = _get_chat_context(metadata, body)
     return ChatRequest(
         body=body,
         is_task=bool(task),
-        dialect=_dialect(task, bool(body.get("stream")), bool(chat_id and message_id)),
+        dialect=_dialect(
+            task, bool(body.get("stream")), bool(metadata.get("chat_id") and metadata.get("message_id"))
+        ),
         model=_upstream_model_id(str(body.get("model") or "")),
-        chat_id=chat_id,
-        message_id=message_id,
+        chat_id=context.chat_id,
+        message_id=context.message_id,
         user_id=str(user.get("id") or ""),
         is_admin=user.get("role") == "admin",
         picked_model=str(_mapping(metadata.get("model")).get("id") or ""),

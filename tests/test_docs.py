@@ -69,7 +69,7 @@ PENDING: Final = words(
     ArtifactPayload _QueuedToolCall _ToolExecutionContext
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment _inline_internal_file_url
-    _strictify_schema _get_chat_context _emit_tool_prompt MediaIntake
+    _strictify_schema _emit_tool_prompt MediaIntake
     ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
     CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop

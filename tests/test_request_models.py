@@ -18,12 +18,14 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
+    ChatContext,
     CompletionsBody,
     InputError,
     ModelSpec,
     ReasoningSpec,
     RequestSettings,
     ResponsesBody,
+    _get_chat_context,
 )
 
 Json = dict[str, Any]
@@ -182,6 +184,38 @@ def test_leading_system_messages_are_the_instructions(leading: list[Json], instr
     assert payload.get("instructions") == instructions
     assert payload["input"] == [item("user", "hello")]
     validator().validate(payload)
+
+
+@pytest.mark.parametrize(
+    ("fields", "instructions"),
+    [
+        ({"system": "Own."}, "Own.\n\nBe brief."),
+        ({"params": {"system": "Own."}}, "Own.\n\nBe brief."),
+        ({"system": "Be brief."}, "Be brief."),
+        ({"system": " brief "}, "Be brief."),
+        ({"system": ""}, "Be brief."),
+        ({"system": 5, "params": ["x"]}, "Be brief."),
+    ],
+)
+def test_a_system_prompt_beside_the_messages(fields: Json, instructions: str) -> None:
+    payload = translate(chat({"role": "system", "content": "Be brief."}, HELLO, **fields)).payload
+    assert payload["instructions"] == instructions
+    assert "system" not in payload
+
+
+@pytest.mark.parametrize(
+    ("metadata", "body", "context"),
+    [
+        ({"chat_id": "c", "message_id": "m"}, {"chat_id": "other"}, ChatContext("c", "m")),
+        ({}, {"chat_id": "c", "metadata": {"chat_id": "x", "message_id": "m"}}, ChatContext("c", "m")),
+        ({"chat_id": "temporary:a-b_c.d"}, {}, ChatContext("temporary:a-b_c.d", "")),
+        ({"chat_id": "two words", "message_id": 5}, {"chat_id": "c"}, ChatContext("c", "")),
+        ({"chat_id": "c" * 201}, {"chat_id": "a\nb", "metadata": "x"}, ChatContext("", "")),
+        ({}, {}, ChatContext("", "")),
+    ],
+)
+def test_the_ids_of_a_request(metadata: Json, body: Json, context: ChatContext) -> None:
+    assert _get_chat_context(metadata, body) == context
 
 
 def test_later_system_messages_keep_their_place() -> None:
