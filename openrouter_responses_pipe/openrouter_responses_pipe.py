@@ -165,6 +165,7 @@ _STREAMING_PRESETS: Final[dict[str, tuple[int, int]]] = {
 
 # Patterns
 _MODULE_NAME_RE: Final = re.compile(r"function_(?P<id>.+?)(?:_[0-9a-f]{32})?")
+_BASE64_HEAD_RE: Final = re.compile(r"[A-Za-z0-9+/]{2,64}={0,2}")
 _ID_RE: Final = re.compile(r"[\w.:@-]{1,200}")
 _EMPTY_BRACKETS_RE: Final = re.compile(r"\(\s*\)|\[\s*\]")
 _MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
@@ -3480,7 +3481,7 @@ def _transform_messages_to_input(
         if build is None:
             history.leave_out("role")
             continue
-        calls = _answered_calls(history, message, rest[position + 1 :]) if message.get("tool_calls") else []
+        calls = _answered_calls(history, message, rest, position + 1) if message.get("tool_calls") else []
         entries = (
             _entries_of(message, records, intake) if role == "assistant" and position >= replay_from else []
         )
@@ -3630,14 +3631,13 @@ _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec
 
 
 def _answered_calls(
-    history: _History, message: Mapping[str, Any], following: Sequence[Mapping[str, Any]]
+    history: _History, message: Mapping[str, Any], messages: Sequence[Mapping[str, Any]], after: int
 ) -> list[tuple[ToolCall, str]]:
-    """The calls of an assistant message that have an output right after it, each with the id that is sent."""
+    """The calls of a message that have an output from `after` on, each with the id that is sent."""
     answered: set[str] = set()
-    for later in following:
-        if later.get("role") != "tool":
-            break
-        answered.add(str(later.get("tool_call_id") or ""))
+    while after < len(messages) and messages[after].get("role") == "tool":
+        answered.add(str(messages[after].get("tool_call_id") or ""))
+        after += 1
     found: dict[str, tuple[ToolCall, str]] = {}
     calls = message.get("tool_calls")
     for call in calls if isinstance(calls, list) else []:
@@ -3835,6 +3835,8 @@ def _entries_of(
     What nobody sealed may have been made by hand: of that only reasoning is believed, and no great lot.
     """
     details = _objects(message.get("reasoning_details"))
+    if not details:
+        return []
     entries: list[Mapping[str, Any]] = []
     unsealed: list[Mapping[str, Any]] = []
     for detail in details:
@@ -3952,19 +3954,20 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
 
 
 def _fits(source: str, history: _History, damaged: str, most_bytes: int | None = None) -> bool:
-    """Whether a data URL holds base64 within the limit; what does not is left out. Other URLs do."""
-    head, comma, data = source.partition(",")
-    if not head.startswith("data:"):
+    """Whether a data URL may hold base64 within the limit; what does not is left out. Other URLs do.
+
+    Of the content, which may be large, only the first piece is looked at; nothing is copied.
+    """
+    if not source.startswith("data:"):
         return True
-    try:
-        if not comma or not head.endswith(";base64"):
-            raise InputError
-        _validate_base64_size(data, most_bytes or history.settings.most_bytes)
-    except PayloadTooLargeError:
-        history.leave_out("large file")
-        return False
-    except InputError:
+    start = source.find(",", 0, _MAX_URL_CHARS) + 1
+    limit = most_bytes or history.settings.most_bytes
+    head = source[start : start + 64]
+    if not source.startswith(";base64", start - 8) or not _BASE64_HEAD_RE.fullmatch(head):
         history.leave_out(damaged)
+        return False
+    if (len(source) - start) * 3 // 4 > limit + 2:  # two bytes may be padding
+        history.leave_out("large file")
         return False
     return True
 
