@@ -69,7 +69,7 @@ def _by_hand(chat: Mapping[str, Any]) -> bytes:
     for message in chat["messages"]:
         role, content = message["role"], message.get("content")
         if role == "user":
-            blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
+            blocks: list[Any] = [{"type": "text", "text": content}] if isinstance(content, str) else content
             parts: list[Json] = []
             for block in blocks:
                 if block["type"] == "text":
