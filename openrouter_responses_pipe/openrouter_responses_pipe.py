@@ -964,6 +964,11 @@ def _mapping(value: Any) -> Mapping[str, Any]:
     return value if isinstance(value, Mapping) else {}
 
 
+def _text(value: Any) -> str:
+    """`value` if it is a string, else an empty one."""
+    return value if isinstance(value, str) else ""
+
+
 def _is_number(value: Any) -> TypeGuard[int | float]:
     """Whether `value` is a number that can be added; True, False, NaN and infinity are none."""
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
@@ -1415,6 +1420,15 @@ def _megabytes(size: int) -> str:
     return f"{round(size / _MEGABYTE, 1):g} MB"
 
 
+def _padding(data: str) -> int:
+    return 2 if data.endswith("==") else int(data.endswith("="))
+
+
+def _base64_bytes(data: str, start: int = 0) -> int:
+    """The number of bytes that base64 from `start` on decodes to."""
+    return (len(data) - start - _padding(data)) * 3 // 4
+
+
 def _validate_base64_size(data: str, max_bytes: int) -> int:
     """The number of bytes that `data`, base64 of the standard alphabet in one line, decodes to.
 
@@ -1422,10 +1436,10 @@ def _validate_base64_size(data: str, max_bytes: int) -> int:
         PayloadTooLargeError: more than `max_bytes`.
         InputError: it is no base64.
     """
-    body = len(data) - 2 if data.endswith("==") else len(data) - data.endswith("=")
-    size = body * 3 // 4
+    size = _base64_bytes(data)
     if size > max_bytes:
         raise PayloadTooLargeError(f"A file in it is larger than {_megabytes(max_bytes)}, which is the limit")
+    body = len(data) - _padding(data)
     is_whole = body % 4 != 1 and (body == len(data) or len(data) % 4 == 0)
     if not is_whole or not data.isascii() or not _is_base64(data, body):
         raise InputError("A file in it is damaged: it is not in base64")
@@ -2247,10 +2261,6 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
         canonical=_text(entry.get("canonical_slug")),
         alias_of=_text(alias.get("slug")),
     )
-
-
-def _text(value: Any) -> str:
-    return value if isinstance(value, str) else ""
 
 
 def _count(value: Any) -> int | None:
@@ -3254,7 +3264,7 @@ def _get_chat_context(metadata: Mapping[str, Any], body: Mapping[str, Any]) -> C
     sources = (metadata, body, _mapping(body.get("metadata")))
 
     def first(name: str) -> str:
-        return next((found for source in sources if _ID_RE.fullmatch(found := _text_of(source, name))), "")
+        return next((found for source in sources if _ID_RE.fullmatch(found := _text(source.get(name)))), "")
 
     return ChatContext(first("chat_id"), first("message_id"))
 
@@ -3451,7 +3461,7 @@ def plan_intake(messages: Sequence[Mapping[str, Any]]) -> IntakePlan:
         detail["sealed"]
         for message in messages
         for detail in _objects(message.get("reasoning_details"))
-        if detail.get("type") == _CARRIER and 0 < len(_text_of(detail, "sealed")) <= _MAX_CARRIER_CHARS
+        if detail.get("type") == _CARRIER and 0 < len(_text(detail.get("sealed"))) <= _MAX_CARRIER_CHARS
     ]
     return IntakePlan(tuple(dict.fromkeys(sealed)))
 
@@ -3488,7 +3498,7 @@ def _transform_messages_to_input(
         if entries and _add_replayed(history, _plain_text(message.get("content")), calls, entries):
             open_calls = {call.call_id: sent for call, sent in calls}
             for detail in _objects(message.get("reasoning_details")):
-                records.pop(_text_of(detail, "sealed"), None)
+                records.pop(_text(detail.get("sealed")), None)
             continue
         build(history, message, spec)
         if calls:
@@ -3544,7 +3554,7 @@ def _with_own_prompt(instructions: str, parameters: Mapping[str, Any]) -> str:
 
     Open WebUI merges what a model, a folder or a chat says into the messages; other callers may not.
     """
-    own = _text_of(parameters, "system") or _text_of(_mapping(parameters.get("params")), "system")
+    own = _text(parameters.get("system")) or _text(_mapping(parameters.get("params")).get("system"))
     return instructions if own.strip() in instructions else "\n\n".join(filter(None, (own, instructions)))
 
 
@@ -3766,21 +3776,16 @@ def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]
         if add is None:
             continue
         index = detail["index"] if isinstance(detail.get("index"), int) else None
-        item_id = _text_of(detail, "id") or named.get(index, "")
+        item_id = _text(detail.get("id")) or named.get(index, "")
         if index is not None and item_id:
             named[index] = item_id
         item = items.setdefault(item_id or str(index), {"id": item_id} if item_id else {})
         for field in ("format", "signature"):
-            if _text_of(detail, field):
+            if _text(detail.get(field)):
                 item[field] = detail[field]
         add(item, detail)
     found = (_reasoning_item(item) for item in items.values())
     return [item for item in found if item is not None]
-
-
-def _text_of(detail: Mapping[str, Any], field: str) -> str:
-    value = detail.get(field)
-    return value if isinstance(value, str) else ""
 
 
 def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[str, Any]) -> None:
@@ -3795,15 +3800,15 @@ def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[st
 
 
 def _add_detail_text(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    _add_part(item, "content", {"type": "reasoning_text", "text": _text_of(detail, "text")}, detail)
+    _add_part(item, "content", {"type": "reasoning_text", "text": _text(detail.get("text"))}, detail)
 
 
 def _add_detail_summary(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    _add_part(item, "summary", {"type": "summary_text", "text": _text_of(detail, "summary")}, detail)
+    _add_part(item, "summary", {"type": "summary_text", "text": _text(detail.get("summary"))}, detail)
 
 
 def _add_detail_secret(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    item["encrypted_content"] = _text_of(detail, "data")
+    item["encrypted_content"] = _text(detail.get("data"))
 
 
 _DETAIL_KINDS: Final[dict[str, Callable[[JSONObject, Mapping[str, Any]], None]]] = {
@@ -3843,7 +3848,7 @@ def _entries_of(
         if detail.get("type") != _CARRIER:
             unsealed.append(detail)
         elif "sealed" in detail:
-            entries += records.get(_text_of(detail, "sealed"), ())
+            entries += records.get(_text(detail.get("sealed")), ())
         elif intake.takes_unsealed and _is_small(detail):
             entries += [{**entry, "phase": None} for entry in _objects(detail.get("record"))]
     if entries or not _is_small(unsealed):
@@ -3880,7 +3885,7 @@ def _add_replayed(
     left_calls = deque(calls)
     for entry in entries:
         if "message" in entry:
-            _add_answer(history, texts.pop(0), _text_of(entry, "phase"))
+            _add_answer(history, texts.pop(0), _text(entry.get("phase")))
         elif "call" in entry:
             history.items.append(_call_item(*left_calls.popleft()))
         else:
@@ -3961,12 +3966,19 @@ def _fits(source: str, history: _History, damaged: str, most_bytes: int | None =
     if not source.startswith("data:"):
         return True
     start = source.find(",", 0, _MAX_URL_CHARS) + 1
-    limit = most_bytes or history.settings.most_bytes
-    head = source[start : start + 64]
-    if not source.startswith(";base64", start - 8) or not _BASE64_HEAD_RE.fullmatch(head):
+    if not source.startswith(";base64", start - 8):
         history.leave_out(damaged)
         return False
-    if (len(source) - start) * 3 // 4 > limit + 2:  # two bytes may be padding
+    return _is_base64_within(source, start, history, damaged, most_bytes)
+
+
+def _is_base64_within(
+    source: str, start: int, history: _History, damaged: str, most_bytes: int | None = None
+) -> bool:
+    if not _BASE64_HEAD_RE.fullmatch(source[start : start + 64]):
+        history.leave_out(damaged)
+        return False
+    if _base64_bytes(source, start) > (most_bytes or history.settings.most_bytes):
         history.leave_out("large file")
         return False
     return True
@@ -3975,12 +3987,12 @@ def _fits(source: str, history: _History, damaged: str, most_bytes: int | None =
 def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
     """A file as chat or `/responses` has it; a model that does not read files gets the text of a PDF."""
     file = _mapping(block.get("file")) or block
-    source = _text_of(file, "file_data") or _text_of(file, "file_url")
-    name = _text_of(file, "filename")
+    source = _text(file.get("file_data")) or _text(file.get("file_url"))
+    name = _text(file.get("filename"))
     if source.startswith("https://"):
         name = name or urlsplit(source).path.rpartition("/")[2]
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
-    if not source and _text_of(file, "file_id"):
+    if not source and _text(file.get("file_id")):
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
     if source and not source.startswith("data:"):
         source = f"data:{mimetypes.guess_type(name)[0] or 'application/pdf'};base64,{source}"
@@ -3997,21 +4009,23 @@ _NAMELESS_FILE: Final = "file.pdf"
 
 def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
     audio = _mapping(block.get("input_audio"))
-    kind = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}.get(
-        _text_of(audio, "format"), _text_of(audio, "format")
-    )
-    data = _text_of(audio, "data").rpartition(",")[2]
+    kind, data = _text(audio.get("format")), _text(audio.get("data"))
+    kind = _AUDIO_FORMATS.get(kind, kind)
     if not spec.takes_audio or kind not in ("wav", "mp3"):
         history.leave_out("recording format" if spec.takes_audio else "recording")
         return None
-    if not data or not _fits(f"data:audio/{kind};base64,{data}", history, "file"):
+    start = data.find(",", 0, _MAX_URL_CHARS) + 1  # behind the head of a data URL, if there is one
+    if not _is_base64_within(data, start, history, "file"):
         return None
-    return {"type": "input_audio", "input_audio": {"data": data, "format": kind}}
+    return {"type": "input_audio", "input_audio": {"data": data[start:], "format": kind}}
+
+
+_AUDIO_FORMATS: Final = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}
 
 
 def _to_input_video(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
     video = block.get("video_url")
-    url = video if isinstance(video, str) else _text_of(_mapping(video), "url")
+    url = video if isinstance(video, str) else _text(_mapping(video).get("url"))
     if not spec.takes_video:
         history.leave_out("film")
         return None
@@ -7450,9 +7464,9 @@ class TurnLoop:
         intake = self._take_in(plan, request.user_id)
         translated = ResponsesBody.from_completions(body, spec, settings, intake)
         self._log_unsent(job, body, translated)
-        await job.emitter.send([Notice(text) for text in translated.notices])
-        if "tool" in translated.left_out and request.chose_tools:
-            await job.emitter.send((Notice(_TOOLS_LEFT_OUT),))
+        misses_tools = request.chose_tools and "tool" in translated.left_out
+        notices = (*translated.notices, *((_TOOLS_LEFT_OUT,) if misses_tools else ()))
+        await job.emitter.send([Notice(text) for text in notices])
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         payload = self._registry.fit(translated.payload, spec)
         upstream = _upstream_request(payload, body, job.valves)
@@ -7500,13 +7514,14 @@ class TurnLoop:
         item = record.first_reasoning
         if item is None:
             return []
-        data = _json_dumps(record.dump())
+        entries = record.dump()
+        data = _json_dumps(entries)
         detail: JSONObject = {"type": _CARRIER, "v": 1}
         if self._cipher.can_seal:
             detail["sealed"] = self._cipher.seal(data, user_id)
             size = len(detail["sealed"])
         else:
-            detail["record"], size = record.dump(), len(data)
+            detail["record"], size = entries, len(data)
         if size > _MAX_CARRIER_CHARS or len(data) > _MAX_RECORD_BYTES:
             return [Notice(_NOT_REMEMBERED)]
         return [CarrierReady(item, [detail])]

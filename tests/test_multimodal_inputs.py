@@ -112,6 +112,8 @@ LEFT_OUT: Final[list[tuple[Json, ModelSpec, str]]] = [
     (file(filename="a.pdf"), EVERYTHING, "could not be read"),
     ({"type": "file"}, EVERYTHING, "could not be read"),
     (sound(BYTES, "ogg"), EVERYTHING, "neither WAV nor MP3"),
+    (sound("", "wav"), EVERYTHING, "could not be read"),
+    (sound("%%%", "wav"), EVERYTHING, "could not be read"),
     (sound(BYTES, "wav"), TEXT_ONLY, "cannot hear"),
     ({"type": "video_url", "video_url": {"url": MP4}}, TEXT_ONLY, "cannot watch films"),
     ({"type": "video_url", "video_url": {"url": "ftp://example.org/a"}}, EVERYTHING, "could not be read"),

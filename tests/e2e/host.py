@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from openrouter_responses_pipe.webui import FUNCTION_ID, WebUIClient, WebUIServer
 
@@ -27,3 +29,14 @@ class Host:
     def log(self) -> str:
         """What the server has written so far."""
         return self.server.log.read_text(encoding="utf-8", errors="replace")
+
+
+@contextmanager
+def valves(host: Host, **values: Any) -> Iterator[None]:
+    """Change the administrator's settings for a while."""
+    host.admin.set_valves(values)
+    try:
+        yield
+    finally:
+        host.admin.set_valves(dict.fromkeys(values) | {"API_KEY": KEY, "BASE_URL": host.base_url})
+        host.admin.models(refresh=True)

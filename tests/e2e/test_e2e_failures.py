@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
 
 from openrouter_responses_pipe.webui import WebUIError
 from tests.e2e.driver import Tab, error_text, unique, until
-from tests.e2e.host import KEY, MODEL, Host
+from tests.e2e.host import KEY, MODEL, Host, valves
 from tests.e2e.upstream import Upstream
-
-
-@contextlib.asynccontextmanager
-async def valves(host: Host, **values: Any) -> AsyncIterator[None]:
-    """Change the administrator's settings for a while."""
-    host.admin.set_valves(values)
-    try:
-        yield
-    finally:
-        host.admin.set_valves(dict.fromkeys(values) | {"API_KEY": KEY, "BASE_URL": host.base_url})
-        host.admin.models(refresh=True)
 
 
 async def test_the_menu_as_the_administrator_wants_it(tab: Tab, host: Host, upstream: Upstream) -> None:
@@ -36,7 +23,7 @@ async def test_the_menu_as_the_administrator_wants_it(tab: Tab, host: Host, upst
         "MODEL_NAME_FORMAT": "{name} | {price}",
         "MODEL_SORT": "price",
     }
-    async with valves(host, **chosen):
+    with valves(host, **chosen):
         listed = [
             entry for entry in host.admin.models(refresh=True) if entry["id"].startswith(function_id + ".")
         ]
@@ -58,7 +45,7 @@ async def test_models_that_the_administrator_adds(tab: Tab, host: Host, upstream
     """A shortcut and a preset are models of the menu, and go to OpenRouter as they were written."""
     function_id, _, model = MODEL.partition(".")
     added = [f"{model}:nitro", f"{model}@preset/brief", "@preset/brief"]
-    async with valves(host, VARIANT_MODELS=", ".join(added)):
+    with valves(host, VARIANT_MODELS=", ".join(added)):
         listed = {entry["id"] for entry in host.admin.models(refresh=True)}
         assert {f"{function_id}.{one}" for one in added} <= listed
         for one in added:
@@ -153,7 +140,7 @@ async def test_rate_limit_is_waited_out(tab: Tab, upstream: Upstream) -> None:
 
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_wrong_key(host: Host, tab: Tab, streaming: bool) -> None:
-    async with valves(host, API_KEY="sk-bad-key"):
+    with valves(host, API_KEY="sk-bad-key"):
         message = await (await tab.ask("Hello", MODEL, stream=streaming)).done()
     check_sentence(error_text(message))
     assert "key" in error_text(message).lower()
@@ -162,7 +149,7 @@ async def test_wrong_key(host: Host, tab: Tab, streaming: bool) -> None:
 @pytest.mark.parametrize("streaming", [True, False])
 async def test_no_key(host: Host, tab: Tab, user_tab: Tab, streaming: bool) -> None:
     """Everybody is told what an administrator has to set; the models stay listed."""
-    async with valves(host, API_KEY=None):
+    with valves(host, API_KEY=None):
         for page in (tab, user_tab):
             message = await (await page.ask("Hello", MODEL, stream=streaming)).done()
             check_sentence(error_text(message))
@@ -171,7 +158,7 @@ async def test_no_key(host: Host, tab: Tab, user_tab: Tab, streaming: bool) -> N
 
 
 async def test_wrong_key_for_an_api_client(host: Host) -> None:
-    async with valves(host, API_KEY="sk-bad-key"):
+    with valves(host, API_KEY="sk-bad-key"):
         try:
             answer: Any = host.admin.complete(MODEL, "Hello")
         except WebUIError as error:
@@ -181,6 +168,6 @@ async def test_wrong_key_for_an_api_client(host: Host) -> None:
 
 
 async def test_openrouter_cannot_be_reached(host: Host, tab: Tab) -> None:
-    async with valves(host, BASE_URL="http://127.0.0.1:9/api/v1", RETRY_ATTEMPTS=0):
+    with valves(host, BASE_URL="http://127.0.0.1:9/api/v1", RETRY_ATTEMPTS=0):
         message = await (await tab.ask("Hello", MODEL)).done()
     check_sentence(error_text(message))

@@ -6,8 +6,13 @@ import re
 
 from tests.e2e.host import KEY, Host
 
-# The host's note of an error that a person was shown, and ours of a catalog that could not be reached.
-EXPECTED = ("Provider returned error", "The model list could not be loaded: The connection was refused")
+# The host's note of an error that a person was shown, ours of a catalog that could not be reached, and
+# the host's own of the one fallback that a test asks for without access to it.
+EXPECTED = (
+    "Provider returned error",
+    "The model list could not be loaded: The connection was refused",
+    "model_id='openrouter.openai/gpt-4o-mini' reason=model_read_denied",
+)
 
 
 def test_no_traceback(host: Host) -> None:
