@@ -18,7 +18,8 @@ The floors of this file, from the ground up. A floor names only floors below it.
  7. Host seam
 8a. Model registry
 8b. Model publisher
- 9. Request models
+9a. History
+9b. Request models
 10. SSE decoder
 11. Event reducer
 12. HTTP client
@@ -3247,152 +3248,13 @@ _PUBLISH_RETRY_S: Final = 60.0
 _PUBLISH_WAIT_S: Final = 1.0
 
 
-# ── 9. Request models ────────────────────────────────────────────────────────
-# Open WebUI's chat body in, the body of `POST /responses` out.
-# Promise: pure; a bad chat raises InputError with a sentence, nothing else.
+# ── 9a. History ──────────────────────────────────────────────────────────────
+# The messages of a chat in, input items out.
+# Promise: pure; a call never stands without its output, and what is not sent is counted.
 # Doc: docs/history_and_request_transforms.md   Tests: tests/test_request_models.py
 
-
-_MOST_NAMED: Final = 20
-_READ_ELSEWHERE: Final = frozenset({"system", "params", "chat_id", "message_id"})
 _PLAIN_SETTINGS: Final = RequestSettings()
 _NOTHING_TAKEN_IN: Final = Intake()
-
-
-def _get_chat_context(metadata: Mapping[str, Any], body: Mapping[str, Any]) -> ChatContext:
-    """The ids of a request: the host's, else those that a client names; what is no id counts as none."""
-    sources = (metadata, body, _mapping(body.get("metadata")))
-
-    def first(name: str) -> str:
-        return next((found for source in sources if _ID_RE.fullmatch(found := _text(source.get(name)))), "")
-
-    return ChatContext(first("chat_id"), first("message_id"))
-
-
-class CompletionsBody(NamedTuple):
-    """The body that Open WebUI hands over, taken apart; `parameters` is all that is not history."""
-
-    model: str
-    messages: tuple[Mapping[str, Any], ...]
-    tools: tuple[Mapping[str, Any], ...]
-    parameters: Mapping[str, Any]
-
-    @classmethod
-    def parse(cls, body: Mapping[str, Any]) -> CompletionsBody:
-        """Check the outline of a chat body.
-
-        Raises:
-            InputError: `messages` is missing, empty, or no list of objects.
-        """
-        messages = body.get("messages")
-        if not isinstance(messages, list) or not messages:
-            raise InputError("It holds no messages")
-        if not all(isinstance(message, Mapping) for message in messages):
-            raise InputError("One of its messages is not an object")
-        tools = body.get("tools")
-        return cls(
-            model=_upstream_model_id(str(body.get("model") or "")),
-            messages=tuple(messages),
-            tools=tuple(tool for tool in tools if isinstance(tool, Mapping))
-            if isinstance(tools, list)
-            else (),
-            parameters={
-                name: value
-                for name, value in body.items()
-                # A guarded null is kept: with it somebody may mean to undo what is in force.
-                if name not in _NOT_PARAMETERS and (value is not None or name in _GUARDED_PARAMETERS)
-            },
-        )
-
-    @property
-    def is_guarded(self) -> bool:
-        """Whether it sets a field that not everybody may set."""
-        return not _GUARDED_PARAMETERS.isdisjoint(self.parameters)
-
-    def within(self, rights: RequestRights) -> CompletionsBody:
-        """The body as it may be sent: of `provider` only what narrows the administrators' choice.
-
-        Raises:
-            InputError: a field that only administrators may set.
-        """
-        parameters = dict(self.parameters)
-        for name in sorted(_GUARDED_PARAMETERS.intersection(parameters)):
-            in_force, *options = map(_decoded, rights.approved.get(name) or (None,))
-            value = _decoded(parameters[name])
-            if value is None:
-                parameters[name] = in_force
-            elif rights.is_admin or value == in_force or value in options:
-                continue
-            elif name == "provider":
-                parameters[name] = _stricter(
-                    _mapping(in_force), _as_provider(name, value), opened=rights.opened
-                )
-            elif not _matches_any(name, rights.opened):
-                raise InputError(f"The parameter {name} can only be set by an administrator")
-        return self._replace(
-            parameters={name: value for name, value in parameters.items() if value is not None}
-        )
-
-    @property
-    def unsent(self) -> tuple[str, ...]:
-        """The parameters that `/responses` does not have, their names fit for a log."""
-        names = (name for name in self.parameters if name not in _PARAMETERS and name not in _READ_ELSEWHERE)
-        return tuple(ascii(str(name)[:40])[1:-1] for name in itertools.islice(names, _MOST_NAMED))
-
-    @property
-    def wants_chat(self) -> bool:
-        """Whether one of them is known to `/chat/completions`."""
-        return any(name in self.parameters for name in _CHAT_ONLY_PARAMETERS)
-
-
-class ResponsesBody(NamedTuple):
-    """A body for `POST /responses`, what the person must know about it, and what the log may count."""
-
-    payload: JSONObject
-    notices: tuple[str, ...] = ()
-    left_out: Mapping[str, int] = types.MappingProxyType({})
-
-    @classmethod
-    def from_completions(
-        cls,
-        body: CompletionsBody,
-        spec: ModelSpec,
-        settings: RequestSettings = _PLAIN_SETTINGS,
-        intake: Intake = _NOTHING_TAKEN_IN,
-    ) -> ResponsesBody:
-        """Translate a chat for the model `spec`; functions are offered if it takes them.
-
-        Raises:
-            InputError: nothing is left to send, or a parameter has a value of the wrong kind.
-        """
-        history = _transform_messages_to_input(body.messages, spec, settings, intake)
-        if not history.items:
-            raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
-        payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
-        parameters = dict(body.parameters)
-        if instructions := _with_own_prompt(history.instructions, parameters):
-            payload["instructions"] = instructions
-        tools = _to_response_tools(body.tools) if settings.offer_tools else []
-        if tools and not spec.takes_tools:
-            history.left_out["tool"], tools = len(tools), []
-        if tools:
-            payload["tools"] = tools
-        else:
-            parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
-        _set_parameters(payload, parameters)
-        _set_reasoning(payload, spec, settings)
-        _set_pdf_engine(payload, settings)
-        _set_identity(payload, settings)
-        if settings.whole_output and spec.max_output:
-            payload.setdefault("max_output_tokens", spec.max_output)
-        return cls(payload, history.notices(), history.left_out)
-
-
-_NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options"})
-_TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
-
-
-# History
 
 
 # what is left out -> (one of it, several); None: only the log need know
@@ -4051,6 +3913,148 @@ _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JS
     "video_url": _to_input_video,
     "input_video": _to_input_video,
 }
+
+
+# ── 9b. Request models ───────────────────────────────────────────────────────
+# Open WebUI's chat body in, the body of `POST /responses` out.
+# Promise: pure; a bad chat raises InputError with a sentence, nothing else.
+# Doc: docs/history_and_request_transforms.md   Tests: tests/test_request_models.py
+
+_MOST_NAMED: Final = 20
+_READ_ELSEWHERE: Final = frozenset({"system", "params", "chat_id", "message_id"})
+
+
+def _get_chat_context(metadata: Mapping[str, Any], body: Mapping[str, Any]) -> ChatContext:
+    """The ids of a request: the host's, else those that a client names; what is no id counts as none."""
+    sources = (metadata, body, _mapping(body.get("metadata")))
+
+    def first(name: str) -> str:
+        return next((found for source in sources if _ID_RE.fullmatch(found := _text(source.get(name)))), "")
+
+    return ChatContext(first("chat_id"), first("message_id"))
+
+
+class CompletionsBody(NamedTuple):
+    """The body that Open WebUI hands over, taken apart; `parameters` is all that is not history."""
+
+    model: str
+    messages: tuple[Mapping[str, Any], ...]
+    tools: tuple[Mapping[str, Any], ...]
+    parameters: Mapping[str, Any]
+
+    @classmethod
+    def parse(cls, body: Mapping[str, Any]) -> CompletionsBody:
+        """Check the outline of a chat body.
+
+        Raises:
+            InputError: `messages` is missing, empty, or no list of objects.
+        """
+        messages = body.get("messages")
+        if not isinstance(messages, list) or not messages:
+            raise InputError("It holds no messages")
+        if not all(isinstance(message, Mapping) for message in messages):
+            raise InputError("One of its messages is not an object")
+        tools = body.get("tools")
+        return cls(
+            model=_upstream_model_id(str(body.get("model") or "")),
+            messages=tuple(messages),
+            tools=tuple(tool for tool in tools if isinstance(tool, Mapping))
+            if isinstance(tools, list)
+            else (),
+            parameters={
+                name: value
+                for name, value in body.items()
+                # A guarded null is kept: with it somebody may mean to undo what is in force.
+                if name not in _NOT_PARAMETERS and (value is not None or name in _GUARDED_PARAMETERS)
+            },
+        )
+
+    @property
+    def is_guarded(self) -> bool:
+        """Whether it sets a field that not everybody may set."""
+        return not _GUARDED_PARAMETERS.isdisjoint(self.parameters)
+
+    def within(self, rights: RequestRights) -> CompletionsBody:
+        """The body as it may be sent: of `provider` only what narrows the administrators' choice.
+
+        Raises:
+            InputError: a field that only administrators may set.
+        """
+        parameters = dict(self.parameters)
+        for name in sorted(_GUARDED_PARAMETERS.intersection(parameters)):
+            in_force, *options = map(_decoded, rights.approved.get(name) or (None,))
+            value = _decoded(parameters[name])
+            if value is None:
+                parameters[name] = in_force
+            elif rights.is_admin or value == in_force or value in options:
+                continue
+            elif name == "provider":
+                parameters[name] = _stricter(
+                    _mapping(in_force), _as_provider(name, value), opened=rights.opened
+                )
+            elif not _matches_any(name, rights.opened):
+                raise InputError(f"The parameter {name} can only be set by an administrator")
+        return self._replace(
+            parameters={name: value for name, value in parameters.items() if value is not None}
+        )
+
+    @property
+    def unsent(self) -> tuple[str, ...]:
+        """The parameters that `/responses` does not have, their names fit for a log."""
+        names = (name for name in self.parameters if name not in _PARAMETERS and name not in _READ_ELSEWHERE)
+        return tuple(ascii(str(name)[:40])[1:-1] for name in itertools.islice(names, _MOST_NAMED))
+
+    @property
+    def wants_chat(self) -> bool:
+        """Whether one of them is known to `/chat/completions`."""
+        return any(name in self.parameters for name in _CHAT_ONLY_PARAMETERS)
+
+
+class ResponsesBody(NamedTuple):
+    """A body for `POST /responses`, what the person must know about it, and what the log may count."""
+
+    payload: JSONObject
+    notices: tuple[str, ...] = ()
+    left_out: Mapping[str, int] = types.MappingProxyType({})
+
+    @classmethod
+    def from_completions(
+        cls,
+        body: CompletionsBody,
+        spec: ModelSpec,
+        settings: RequestSettings = _PLAIN_SETTINGS,
+        intake: Intake = _NOTHING_TAKEN_IN,
+    ) -> ResponsesBody:
+        """Translate a chat for the model `spec`; functions are offered if it takes them.
+
+        Raises:
+            InputError: nothing is left to send, or a parameter has a value of the wrong kind.
+        """
+        history = _transform_messages_to_input(body.messages, spec, settings, intake)
+        if not history.items:
+            raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
+        payload: JSONObject = {"model": spec.id, "input": history.items, "stream": True, "store": False}
+        parameters = dict(body.parameters)
+        if instructions := _with_own_prompt(history.instructions, parameters):
+            payload["instructions"] = instructions
+        tools = _to_response_tools(body.tools) if settings.offer_tools else []
+        if tools and not spec.takes_tools:
+            history.left_out["tool"], tools = len(tools), []
+        if tools:
+            payload["tools"] = tools
+        else:
+            parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
+        _set_parameters(payload, parameters)
+        _set_reasoning(payload, spec, settings)
+        _set_pdf_engine(payload, settings)
+        _set_identity(payload, settings)
+        if settings.whole_output and spec.max_output:
+            payload.setdefault("max_output_tokens", spec.max_output)
+        return cls(payload, history.notices(), history.left_out)
+
+
+_NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options"})
+_TOOL_PARAMETERS: Final = frozenset({"tool_choice", "parallel_tool_calls"})
 
 
 # Parameters
