@@ -45,6 +45,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import codecs
 import contextlib
 import fnmatch
 import functools
@@ -65,6 +66,7 @@ import socket
 import sys
 import time
 import types
+import uuid
 import weakref
 import zlib
 from collections import deque
@@ -72,6 +74,7 @@ from collections.abc import (
     AsyncGenerator,
     Awaitable,
     Callable,
+    Container,
     Generator,
     Iterable,
     Iterator,
@@ -82,7 +85,7 @@ from datetime import date
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import Any, ClassVar, Final, Literal, NamedTuple, Self, TypedDict, TypeGuard, TypeVar, cast
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
@@ -147,6 +150,7 @@ _OUTLET_MAX_ENTRIES: Final = 2_000
 _RETIRE_DEADLINE_S: Final = 300.0
 _CLEANUP_S: Final = 5.0
 _EMIT_S: Final = 5.0  # what the host may take for one event
+_STORAGE_S: Final = 30.0  # what it may take to fetch or keep a file
 _HOST_CALL_S: Final = 1.0  # what a question to the host may take when nothing depends on it
 _MAX_URL_CHARS: Final = 8_192
 _MAX_HOST_CHARS: Final = 253
@@ -154,6 +158,8 @@ _MAX_REDIRECTS: Final = 5
 _DOWNLOAD_S: Final = 30.0
 _SNIFFED_BYTES: Final = 2_048
 _MEGABYTE: Final = 1024 * 1024
+_ENCODED_AT_ONCE: Final = 384 * 1024  # bytes, a multiple of 3: base64 of the pieces is that of the whole
+_REMOTE_FILE_MAX_SIZE_DEFAULT_MB: Final = 50
 _MINIMUM_HOST: Final = (0, 11, 2)
 
 # name -> (characters that may leave at once, milliseconds that fewer may wait for company)
@@ -183,6 +189,14 @@ _NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes
 _MARKUP_RE: Final = re.compile(
     rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
 )
+# ![alt](address "title"): what a page shows as a picture
+_MARKDOWN_IMAGE_RE: Final = re.compile(
+    r"""!\[([^\]\n]{0,1000})\]\(\s{0,9}<?([^\s()<>]+)>?(?:\s{1,9}["'][^"'\n]{0,1000}["'])?\s{0,9}\)"""
+)
+_HOST_FILE_RE: Final = re.compile(
+    r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
+)
+_UUID_RE: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
 # Every line we log goes through this one
@@ -399,6 +413,10 @@ class ModelSpec(NamedTuple):
         """Whether the model itself reads files such as PDF."""
         return "file" in self.input_modalities
 
+    def reads_whole_files(self, native_files: str) -> bool:
+        """Whether it gets the files of a chat whole, by the valve `NATIVE_FILES`."""
+        return native_files == "always" or (native_files == "supported" and self.takes_files)
+
     @property
     def takes_audio(self) -> bool:
         """Whether the model hears."""
@@ -483,6 +501,8 @@ class RequestSettings(NamedTuple):
     """What valves and the kind of client decide about a request; empty texts are not sent.
 
     `effort` counts where the chat names none; `cache_ttl` is that of Anthropic's automatic caching.
+    `keeps_media`: what a chat names by an address is kept in the host's files; `trusted_hosts` are names,
+    or `name:port`, that an administrator vouches for; `webui_url` is where the host is reached.
     """
 
     offer_tools: bool = True
@@ -496,25 +516,81 @@ class RequestSettings(NamedTuple):
     cache_ttl: str = ""
     replay: Literal["off", "next_reply", "conversation"] = "conversation"
     most_images: int = 20
+    answer_images: bool = True
     most_bytes: int = 50 * _MEGABYTE
     most_video_bytes: int = 100 * _MEGABYTE
+    most_remote_bytes: int = _REMOTE_FILE_MAX_SIZE_DEFAULT_MB * _MEGABYTE
+    native_files: Literal["off", "supported", "always"] = "off"
+    keeps_media: bool = False
+    trusted_hosts: frozenset[str] = frozenset()
+    webui_url: str = ""
     pdf_engine: str = ""
 
 
 TurnEntries = Sequence[Mapping[str, Any]]  # one upstream call's output in order, see `TurnRecord`
 
 
+class MediaKind(NamedTuple):
+    """A kind of medium: where its address or content stands in a block of a message, and who takes it."""
+
+    name: Literal["image", "file", "audio", "video"]
+    source: Callable[[Mapping[str, Any]], str]
+    is_taken: Callable[[ModelSpec], bool]
+
+
+class MediaRef(NamedTuple):
+    """A medium that a history names by its address. `in_answer`: a picture that an earlier answer showed."""
+
+    kind: str
+    address: str
+    in_answer: bool = False
+
+
+class MediaBlob(NamedTuple):
+    """What has become of a reference: a data URL, or `text`, or the `reason` why it is not sent.
+
+    `size` is in bytes, before they were encoded; `mime` is what they are by themselves.
+    """
+
+    url: str = ""
+    name: str = ""
+    mime: str = ""
+    size: int = 0
+    text: str = ""
+    reason: str = ""
+
+    def __repr__(self) -> str:
+        return f"MediaBlob({self.name}, {self.mime}, {self.size} bytes, {self.reason})"  # never the content
+
+
+class ChatFiles(NamedTuple):
+    """What is attached to a chat, as the host hands it over.
+
+    `sources` are the ids of what the host has put passages of into the prompt, "" for what has none; the
+    prompts are those before it did, `is_retrieved` whether it does that for this model at all.
+    """
+
+    files: tuple[Mapping[str, Any], ...] = ()
+    sources: tuple[str, ...] = ()
+    user_prompt: str = ""
+    system_prompt: str = ""
+    is_retrieved: bool = True
+    question_id: str = ""  # the message that is being answered
+
+
 class IntakePlan(NamedTuple):
-    """What a history needs from elsewhere before it can be translated: the records that ride with it."""
+    """What a history needs from elsewhere before it can be translated: records that ride with it, media."""
 
     sealed: tuple[str, ...] = ()
+    media: tuple[MediaRef, ...] = ()
 
 
 class Intake(NamedTuple):
-    """What could be had of a plan: records by their sealed text."""
+    """What could be had of a plan: records by their sealed text, media by their reference."""
 
     records: Mapping[str, TurnEntries] = types.MappingProxyType({})
     takes_unsealed: bool = False  # the server has no secret, so nothing could be sealed
+    media: Mapping[MediaRef, MediaBlob] = types.MappingProxyType({})
 
 
 class ChatContext(NamedTuple):
@@ -544,6 +620,9 @@ class ChatRequest(NamedTuple):
     is_task: bool = False  # a title, tags …: nobody reads anything but the text
     chose_tools: bool = False
     picked_model: str = ""  # as Open WebUI knows it; of a workspace model not the base
+    files: ChatFiles = ChatFiles()
+    user: Mapping[str, Any] = types.MappingProxyType({})
+    host_request: Any = None  # the HTTP request that the host answers
     user_valves: Any = None
     event_emitter: HostEventEmitter | None = None
 
@@ -1453,6 +1532,96 @@ def _is_base64(data: str, size: int) -> bool:
     return not any(piece.encode().translate(None, _BASE64_ALPHABET) for piece in pieces)
 
 
+# Files
+
+
+# How a file begins -> what it is; the first that fits counts
+_SIGNATURES: Final[dict[bytes, str]] = {
+    rb"\x89PNG\r\n\x1a\n": "image/png",
+    rb"\xff\xd8\xff": "image/jpeg",
+    rb"GIF8[79]a": "image/gif",
+    rb"RIFF.{4}WEBP": "image/webp",
+    rb"BM.{4}\0{4}": "image/bmp",
+    rb".{4}ftyp(?:avi[fs]|mif1.{4}(?:.{4}){0,9}?avif)": "image/avif",
+    rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)": "image/heic",
+    rb".{4}ftypM4[AB] ": "audio/mp4",
+    rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
+    rb".{4}ftyp": "video/mp4",
+    rb"\s{0,9}%PDF-": "application/pdf",
+    rb"RIFF.{4}WAVE": "audio/wav",
+    rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
+    rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
+    rb"OggS.{24,99}?\x80theora": "video/ogg",
+    rb"OggS": "audio/ogg",
+    rb"fLaC": "audio/flac",
+    rb"\x1aE\xdf\xa3.{0,60}?webm": "video/webm",
+    rb"\x1aE\xdf\xa3": "video/x-matroska",
+    rb"\0\0\x01[\xba\xb3]": "video/mpeg",
+}
+
+
+def _sniffed(content: bytes) -> str:
+    """What a file is by its first bytes: what a header or a name says of it counts nothing."""
+    head = content[:_SNIFFED_BYTES]
+    for beginning, mime in _SIGNATURES.items():
+        if re.match(beginning, head, re.DOTALL):
+            return mime
+    is_markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
+    if is_markup and (tag := _MARKUP_RE.search(head)):
+        return "image/svg+xml" if tag[1].lower() == b"svg" else "text/html"
+    try:
+        content.decode()
+    except UnicodeDecodeError:
+        return "application/octet-stream"
+    return "application/octet-stream" if b"\0" in content else "text/plain"
+
+
+def _data_url(pieces: Iterable[bytes | memoryview], mime: str) -> str:
+    """A data URL of pieces, each but the last of a multiple of 3 bytes.
+
+    In pieces, because base64 lets no other thread run meanwhile: 50 MB at once would be felt by everybody.
+    """
+    return "".join([f"data:{mime};base64,", *(base64.b64encode(piece).decode() for piece in pieces)])
+
+
+def _blob_of(content: bytes, name: str) -> MediaBlob:
+    """A file as it is sent: text as text, all else as a data URL."""
+    mime = _sniffed(content)
+    if mime in _PERHAPS_TEXT and (text := _text_of(content, name)):
+        return MediaBlob(name=name, mime="text/plain", size=len(content), text=text)
+    if mime == "application/octet-stream":
+        mime = mimetypes.guess_type(name)[0] or mime
+    whole = memoryview(content)
+    pieces = (whole[start : start + _ENCODED_AT_ONCE] for start in range(0, len(content), _ENCODED_AT_ONCE))
+    return MediaBlob(_data_url(pieces, mime), name, mime, len(content))
+
+
+_PERHAPS_TEXT: Final = ("text/plain", "text/html", "image/svg+xml", "application/octet-stream")
+
+
+def _text_of(content: bytes, name: str) -> str:
+    """The text in a file, "" if it holds none; the code page of Windows only where its name says text."""
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return content.decode("utf-16", "replace")
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        is_text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
+        text = content.decode("cp1252", "replace") if is_text else ""
+    return "" if "\0" in text else text
+
+
+def _shown_name(name: str) -> str:
+    """A name that somebody gave to a file, fit for one line."""
+    return " ".join(name.split())[:80]
+
+
+def _host_file_id(address: str, webui_url: str = "") -> str:
+    """The id in an address of one of Open WebUI's own files, else ""."""
+    match = _HOST_FILE_RE.fullmatch(address.removeprefix(webui_url) if webui_url else address)
+    return match[1] if match else ""
+
+
 # ── 5. Session logging ───────────────────────────────────────────────────────
 # (empty)
 # Will hold: log lines that know their request, and the log of a failed request for its admin.
@@ -1714,6 +1883,17 @@ class _RequestValves(_StreamingValves):
     MAX_INPUT_IMAGES_PER_REQUEST: int = Field(
         default=20, ge=0, le=100, description="Pictures sent with a request: the latest ones; 0 = none."
     )
+    IMAGE_INPUT_SELECTION: Literal["user_only", "user_then_assistant"] = Field(
+        default="user_then_assistant",
+        description="Which: those of people, or also those that earlier answers show, where there is room.",
+    )
+    NATIVE_FILES: Literal["off", "supported", "always"] = Field(
+        default="off",
+        description=(
+            "Files attached to a chat: leave them to Open WebUI's search (off), give them whole to models "
+            "that read files (supported), or to all models, by OpenRouter's parser (always)."
+        ),
+    )
     PDF_ENGINE: Literal["auto", "native", "mistral-ocr", "cloudflare-ai"] = Field(
         default="auto",
         description="Who reads PDF files: OpenRouter's choice, the model itself, or a service.",
@@ -1726,6 +1906,26 @@ class _RequestValves(_StreamingValves):
     )
     VIDEO_MAX_SIZE_MB: int = Field(
         default=100, ge=1, le=500, description="Largest film that a chat may hold, in MB."
+    )
+    SAVE_REMOTE_MEDIA: bool = Field(
+        default=True,
+        description=(
+            "Keep what a chat names by an address among the person's files, so that the chat can go on "
+            "when the address is gone; off = OpenRouter fetches it each time."
+        ),
+    )
+    REMOTE_FILE_MAX_SIZE_MB: int = Field(
+        default=_REMOTE_FILE_MAX_SIZE_DEFAULT_MB,
+        ge=1,
+        le=500,
+        description="Largest file that is fetched from an address, in MB; of films VIDEO_MAX_SIZE_MB counts.",
+    )
+    ALLOW_HTTP_HOSTS: str = Field(
+        default="",
+        description=(
+            "Servers that files may be fetched from over plain http, or inside your network: a comma list "
+            "of names, or name:port."
+        ),
     )
     USER_REQUEST_FIELDS: str = Field(
         default="",
@@ -1852,12 +2052,12 @@ def _pseudonym(secret: str, kind: str, plain: str) -> str:
 
 
 def _request_settings(
-    valves: Valves, request: ChatRequest, spec: ModelSpec, secret: str, *, offer_tools: bool
+    valves: Valves, request: ChatRequest, spec: ModelSpec, env: HostEnvironment, *, offer_tools: bool
 ) -> RequestSettings:
     """What the valves decide about one request, identifiers included (reference §3)."""
     ids = {"user": request.user_id, "chat": request.chat_id}
     if valves.SEND_IDENTIFIERS == "hashed":
-        ids = {kind: _pseudonym(secret, kind, plain) for kind, plain in ids.items() if plain}
+        ids = {kind: _pseudonym(env.secret, kind, plain) for kind, plain in ids.items() if plain}
     elif valves.SEND_IDENTIFIERS == "none":
         ids = {}
     is_task = request.is_task
@@ -1869,7 +2069,7 @@ def _request_settings(
         summary=valves.REASONING_SUMMARY,
         whole_output=valves.USE_MODEL_MAX_OUTPUT_TOKENS and not is_task,
         # Keeps a chat with the provider that has it in its cache; it says nothing of anybody.
-        session_id=_pseudonym(secret, "session", request.chat_id) if request.chat_id else "",
+        session_id=_pseudonym(env.secret, "session", request.chat_id) if request.chat_id else "",
         user=ids.get("user", ""),
         metadata={"chat_id": ids["chat"]} if ids.get("chat") else {},
         cache_ttl=valves.PROMPT_CACHE_TTL if caches else "",
@@ -1877,8 +2077,19 @@ def _request_settings(
         most_images=valves.MAX_INPUT_IMAGES_PER_REQUEST,
         most_bytes=valves.BASE64_MAX_SIZE_MB * _MEGABYTE,
         most_video_bytes=valves.VIDEO_MAX_SIZE_MB * _MEGABYTE,
+        most_remote_bytes=valves.REMOTE_FILE_MAX_SIZE_MB * _MEGABYTE,
+        answer_images=valves.IMAGE_INPUT_SELECTION == "user_then_assistant",
+        native_files="off" if is_task else valves.NATIVE_FILES,
+        keeps_media=valves.SAVE_REMOTE_MEDIA and _is_kept_chat(request.chat_id) and not is_task,
+        trusted_hosts=frozenset(filter(None, map(str.strip, valves.ALLOW_HTTP_HOSTS.split(",")))),
+        webui_url=env.webui_url,
         pdf_engine="" if valves.PDF_ENGINE == "auto" else valves.PDF_ENGINE,
     )
+
+
+def _is_kept_chat(chat_id: str) -> bool:
+    """Whether the host keeps this chat: a temporary one, or a channel, leaves no traces."""
+    return bool(chat_id) and not chat_id.startswith(("temporary:", "local:", "channel:"))
 
 
 def _error_templates(valves: Valves) -> Mapping[str, str]:
@@ -2050,6 +2261,50 @@ class OpenWebUIHost:
         admins = await Users.get_users(filter={"roles": ["admin"]})
         return frozenset(("user", user.id, "read") for user in admins["users"])
 
+    async def inline_file(self, address: str, user_id: str, most_bytes: int) -> MediaBlob:
+        """A file of the host's as it is sent.
+
+        Raises:
+            InputError: it is not there, not for this person, too large, or cannot be read.
+        """
+        if self.version is None:
+            raise InputError("There is no such file here")
+        return await _inline_internal_file_url(address, user_id, most_bytes)
+
+    async def save_file(self, file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
+        """Keep a file with the person whose chat it is of, under this id; a failure is logged."""
+        if self.version is not None:
+            saving = _save_file(file_id, blob, content, request)
+            await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
+
+    async def questions(self, chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
+        """The questions of a saved chat up to this one, oldest first: (text, ids of attached files)."""
+        if self.version is None or not chat_id or not question_id:
+            return []
+        asking = _questions(chat_id, question_id)
+        return await _host_answer(asking, [], "where files were attached could not be read")
+
+    def identity_headers(self, request: ChatRequest) -> dict[str, str]:
+        """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
+        if self.version is None or not request.user_id:
+            return {}
+        try:
+            from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
+            from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
+                include_user_info_headers,
+            )
+        except ImportError:
+            return {}
+        if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
+            return {}
+        texts = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
+        headers = _user_headers(
+            include_user_info_headers, types.SimpleNamespace(**texts), request.host_request
+        )
+        if request.chat_id:
+            headers[host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID] = request.chat_id
+        return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
+
     def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
         """A stream for an API client, sent as it is.
 
@@ -2146,10 +2401,10 @@ def _badge(letters: str, colour: str) -> str:
 _BADGE_PIXELS: Final = 64
 
 
-async def _host_answer(question: Awaitable[T], fallback: T, words: str) -> T:
+async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_s: float = _HOST_CALL_S) -> T:
     """The host's answer to a question, or `fallback` and a line in the log."""
     try:
-        async with asyncio.timeout(_HOST_CALL_S):
+        async with asyncio.timeout(longest_s):
             return await question
     except Exception as exc:
         LOGGER.info("%s: %s", words, type(exc).__name__)
@@ -2169,6 +2424,95 @@ async def _saved_cost(chat_id: str) -> float:
         usages = await session.scalars(select(ChatMessage.usage).where(ChatMessage.chat_id == chat_id))
         costs = [_mapping(usage).get("cost") for usage in usages]
     return math.fsum(cost for cost in costs if _is_number(cost) and cost > 0)
+
+
+async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int) -> MediaBlob:
+    file_id = _host_file_id(address) or address
+    row = await _host_answer(
+        _readable_file(file_id, user_id), None, "a file could not be looked up", _STORAGE_S
+    )
+    if row is None:
+        raise InputError("There is no such file, or it is not yours")
+    size = _mapping(row.meta).get("size")
+    if _is_number(size) and size > most_bytes:
+        raise PayloadTooLargeError(f"It is larger than {_megabytes(most_bytes)}, which is the limit")
+    from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
+
+    # Where files are kept elsewhere (S3 …) this downloads it.
+    fetching = asyncio.to_thread(Storage.get_file, row.path)
+    path = await _host_answer(fetching, "", "a file could not be had from the storage", _STORAGE_S)
+    name = _text(_mapping(row.meta).get("name")) or _text(row.filename)
+    return await asyncio.to_thread(_blob_at, path, name, most_bytes)
+
+
+async def _readable_file(file_id: str, user_id: str) -> Any:
+    """The row of a file, None if it is not there or not for this person."""
+    from open_webui.models.files import Files  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.utils.access_control.files import (  # pyright: ignore[reportMissingImports]  # host only
+        has_access_to_file,
+    )
+
+    row = await Files.get_file_by_id(file_id)
+    if row is None or row.user_id == user_id:
+        return row
+    user = await Users.get_user_by_id(user_id)
+    return row if user is not None and await has_access_to_file(file_id, "read", user) else None
+
+
+def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
+    """The file at `path`, of which the storage said that it is there."""
+    try:
+        with Path(path).open("rb") as file:
+            if os.fstat(file.fileno()).st_size > most_bytes:
+                raise PayloadTooLargeError(f"It is larger than {_megabytes(most_bytes)}, which is the limit")
+            content = file.read(most_bytes)
+    except OSError:
+        raise InputError("It is not there any more") from None
+    if not content:
+        raise InputError("It is empty")
+    return _blob_of(content, name)
+
+
+async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
+    from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.models.files import FileForm, Files  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
+
+    tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
+    plain_name = re.sub(r"[^\w.-]+", "_", blob.name)[-80:]
+    _, path = await asyncio.to_thread(
+        Storage.upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
+    )
+    meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
+    form = FileForm(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
+    await Files.insert_new_file(request.user_id, form)
+    if request.message_id:
+        await Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
+
+
+async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
+    from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
+
+    messages = _mapping(await Chats.get_messages_map_by_chat_id(chat_id))
+    found: list[tuple[str, frozenset[str]]] = []
+    seen: set[str] = set()
+    while question_id in messages and question_id not in seen:
+        seen.add(question_id)
+        message = _mapping(messages[question_id])
+        ids = frozenset(_text(file.get("id")) for file in _objects(message.get("files")))
+        if message.get("role") == "user":
+            found.append((_text(message.get("content")), ids))
+        question_id = _text(message.get("parentId"))
+    return found[::-1]
+
+
+def _user_headers(include: Callable[..., dict[str, str]], user: Any, request: Any) -> dict[str, str]:
+    """The host's headers for a person; older ones do not ask for the request."""
+    try:
+        return include({}, user, request=request)
+    except TypeError:
+        return include({}, user)
 
 
 async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[bytes, None]:
@@ -2998,10 +3342,14 @@ _MAX_DESCRIPTION_CHARS: Final = 300
 
 
 class PublishChoice(NamedTuple):
-    """What is told of a model (`SYNC_MODEL_METADATA`), and to whom (`NEW_MODEL_ACCESS`)."""
+    """What is told of a model (`SYNC_MODEL_METADATA`), and to whom (`NEW_MODEL_ACCESS`).
+
+    `native_files`: which models get the files of a chat whole, so that nobody need search in them.
+    """
 
     mode: Literal["off", "capabilities", "all"] = "off"
     access: Literal["admins", "everyone"] = "admins"
+    native_files: Literal["off", "supported", "always"] = "off"
 
 
 def _row_fields(
@@ -3016,6 +3364,9 @@ def _row_fields(
         "capabilities.usage": True,
     }
     fields |= {f"capabilities.{name}": False for name, can in _HOST_CAPABILITIES.items() if not can(spec)}
+    # Without tools nothing else that is attached could be found any more.
+    if spec.takes_tools and spec.reads_whole_files(choice.native_files):
+        fields["capabilities.file_context"] = False
     if choice.mode == "all":
         family = ModelFamily.of(spec)
         tags = [family.name, *(tag for tag, has in _TAGS.items() if has(spec))]
@@ -3279,6 +3630,7 @@ _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
         "a picture, because there are too many in this chat",
         "{} pictures, because there are too many in this chat",
     ),
+    "refused": None,  # each is named
     "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
     "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
     "tool": None,  # said where it is known whether somebody chose them
@@ -3287,25 +3639,43 @@ _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
 }
 
 
+_UNNAMED: Final = {"image": "a picture", "file": "a file", "audio": "a recording", "video": "a film"}
+
+
 class _History:
     """The items of a history while it is translated, and what had to be left out."""
 
-    __slots__ = ("_used_ids", "instructions", "items", "left_out", "settings")
+    __slots__ = ("_media", "_refused", "_used_ids", "instructions", "items", "left_out", "settings", "shown")
 
-    def __init__(self, settings: RequestSettings) -> None:
+    def __init__(self, settings: RequestSettings, intake: Intake = _NOTHING_TAKEN_IN) -> None:
         self.settings = settings
         self.instructions = ""
         self.items: list[JSONObject] = []
         self.left_out: dict[str, int] = {}
+        self.shown: list[JSONObject] = []  # pictures of answers, which go with the next question
+        self._media = intake.media
+        self._refused: list[str] = []
         self._used_ids: set[str] = set()
 
     def leave_out(self, what: str) -> None:
         """Remember that one `what`, a row of `_LEFT_OUT`, was not sent."""
         self.left_out[what] = self.left_out.get(what, 0) + 1
 
+    def medium(self, kind: str, source: str, name: str = "") -> MediaBlob | None:
+        """What a block of this kind holds, as it is or as it could be had; None if it is not sent."""
+        blob = self._media.get(MediaRef(kind, source), MediaBlob(source))
+        if not blob.reason:
+            return blob
+        if blob.reason in _LEFT_OUT:
+            self.leave_out(blob.reason)
+        else:
+            self.leave_out("refused")
+            self._refused.append(f"{_shown_name(name or blob.name) or _UNNAMED[kind]}. {blob.reason}.")
+        return None
+
     def notices(self) -> tuple[str, ...]:
         """A sentence for each kind of thing that was left out and a person put there."""
-        sentences = []
+        sentences = [f"Not sent to the model: {words}" for words in dict.fromkeys(self._refused)]
         for what, count in self.left_out.items():
             words = _LEFT_OUT[what]
             if words is not None:
@@ -3317,15 +3687,30 @@ class _History:
         return _unique_id(call_id, self._used_ids)
 
 
-def plan_intake(messages: Sequence[Mapping[str, Any]]) -> IntakePlan:
-    """What the history needs before it can be translated; nothing is fetched here."""
+def plan_intake(
+    messages: Sequence[Mapping[str, Any]], spec: ModelSpec, settings: RequestSettings = _PLAIN_SETTINGS
+) -> IntakePlan:
+    """What the history needs before it can be translated; nothing is fetched here.
+
+    Media come in the order of their importance: the latest of the person's first.
+    """
     sealed = [
         detail["sealed"]
         for message in messages
         for detail in _objects(message.get("reasoning_details"))
         if detail.get("type") == _CARRIER and 0 < len(_text(detail.get("sealed"))) <= _MAX_CARRIER_CHARS
     ]
-    return IntakePlan(tuple(dict.fromkeys(sealed)))
+    media: list[MediaRef] = []
+    for message in reversed(messages):
+        if message.get("role") == "user":
+            media += [
+                ref for block in _objects(message.get("content")) for ref in _wanted(block, spec, settings)
+            ]
+    shown = _pictures_of_answers(messages, spec, settings)
+    for position in sorted(shown, reverse=True):
+        addresses = [address for address in shown[position] if not address.startswith("data:")]
+        media += [MediaRef("image", address, True) for address in addresses]
+    return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)))
 
 
 def _transform_messages_to_input(
@@ -3339,13 +3724,15 @@ def _transform_messages_to_input(
     System messages at the head become the instructions; a call without its output, or an output
     without its call, is dropped, because the API refuses a history that holds one.
     """
-    history = _History(settings)
+    history = _History(settings, intake)
     history.instructions, rest = _extract_system_prompt(messages)
     open_calls: dict[str, str] = {}
     records = dict(intake.records)  # each is used once: it stands for one call
     replay_from = _replay_from(rest, settings.replay) if spec.reasons else len(rest)
+    shown = _pictures_of_answers(rest, spec, settings)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
+        history.shown += _shown_parts(shown.get(position, ()), intake, settings)
         if role == "tool":
             _add_tool_output(history, message, open_calls)
             continue
@@ -3442,6 +3829,9 @@ def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) ->
         elif part := convert(_mapping(block), spec, history):
             parts.append(part)
     if parts:
+        if history.shown:
+            parts = [{"type": "input_text", "text": _SHOWN_ABOVE}, *history.shown, *parts]
+            history.shown = []
         history.items.append({"type": "message", "role": "user", "content": parts})
 
 
@@ -3466,6 +3856,8 @@ def _add_answer(history: _History, text: str, phase: str = "") -> None:
 
 def _clean_answer(text: str) -> str:
     """An answer as the model wrote it: without marks of other pipes and what was only shown."""
+    if "](data:" in text:  # a whole picture in base64; what can be shown goes as a picture
+        text = _MARKDOWN_IMAGE_RE.sub(_without_data, text)
     if "]: #" in text:
         text = _MARKER_LINE_RE.sub("", text)
     if "<details" in text:
@@ -3473,6 +3865,10 @@ def _clean_answer(text: str) -> str:
     if "<think>" in text:
         text = _without_blocks(text, _THINK_RE, "</think>")
     return text
+
+
+def _without_data(match: re.Match[str]) -> str:
+    return f"![{match[1]}](data)" if match[2].startswith("data:") else match[0]
 
 
 def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
@@ -3806,18 +4202,23 @@ def _to_input_text(block: Mapping[str, Any], spec: ModelSpec, history: _History)
 
 
 def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    image = block.get("image_url")
-    url = image if isinstance(image, str) else _mapping(image).get("url")
-    if not isinstance(url, str) or not url.startswith(("data:image/", "https://")):
-        history.leave_out("unreadable picture")
-        return None
     if not spec.takes_images:
         history.leave_out("picture")
         return None
-    if not _fits(url, history, "unreadable picture"):
+    blob = history.medium("image", _image_source(block))
+    if blob is None:
         return None
-    detail = _mapping(image).get("detail") or block.get("detail")
-    return {"type": "input_image", "image_url": url, "detail": detail if detail in _IMAGE_DETAILS else "auto"}
+    if not blob.url.startswith(("data:image/", "https://")):
+        history.leave_out("unreadable picture")
+        return None
+    if not _fits(blob.url, history, "unreadable picture"):
+        return None
+    detail = _mapping(block.get("image_url")).get("detail") or block.get("detail")
+    return _image_part(blob.url, detail if detail in _IMAGE_DETAILS else "auto")
+
+
+def _image_part(url: str, detail: str = "auto") -> JSONObject:
+    return {"type": "input_image", "image_url": url, "detail": detail}
 
 
 def _fits(source: str, history: _History, damaged: str, most_bytes: int | None = None) -> bool:
@@ -3849,8 +4250,14 @@ def _is_base64_within(
 def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
     """A file as chat or `/responses` has it; a model that does not read files gets the text of a PDF."""
     file = _mapping(block.get("file")) or block
-    source = _text(file.get("file_data")) or _text(file.get("file_url"))
     name = _text(file.get("filename"))
+    blob = history.medium("file", _file_source(block), name)
+    if blob is None:
+        return None
+    source, name = blob.url, name or blob.name
+    if blob.text:
+        name = name.replace('"', "'")
+        return {"type": "input_text", "text": f'<file name="{name}">\n{blob.text}\n</file>'}
     if source.startswith("https://"):
         name = name or urlsplit(source).path.rpartition("/")[2]
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
@@ -3870,11 +4277,16 @@ _NAMELESS_FILE: Final = "file.pdf"
 
 
 def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    audio = _mapping(block.get("input_audio"))
-    kind, data = _text(audio.get("format")), _text(audio.get("data"))
+    if not spec.takes_audio:
+        history.leave_out("recording")
+        return None
+    blob = history.medium("audio", _audio_source(block))
+    if blob is None:
+        return None
+    kind, data = blob.mime or _text(_mapping(block.get("input_audio")).get("format")), blob.url
     kind = _AUDIO_FORMATS.get(kind, kind)
-    if not spec.takes_audio or kind not in ("wav", "mp3"):
-        history.leave_out("recording format" if spec.takes_audio else "recording")
+    if kind not in ("wav", "mp3"):
+        history.leave_out("recording format")
         return None
     start = data.find(",", 0, _MAX_URL_CHARS) + 1  # behind the head of a data URL, if there is one
     if not _is_base64_within(data, start, history, "file"):
@@ -3882,15 +4294,20 @@ def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History
     return {"type": "input_audio", "input_audio": {"data": data[start:], "format": kind}}
 
 
-_AUDIO_FORMATS: Final = {"mpeg": "mp3", "x-wav": "wav", "wave": "wav"}
+_AUDIO_FORMATS: Final = {
+    **dict.fromkeys(("mpeg", "audio/mpeg"), "mp3"),
+    **dict.fromkeys(("x-wav", "wave", "audio/wav"), "wav"),
+}
 
 
 def _to_input_video(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    video = block.get("video_url")
-    url = video if isinstance(video, str) else _text(_mapping(video).get("url"))
     if not spec.takes_video:
         history.leave_out("film")
         return None
+    blob = history.medium("video", _video_source(block))
+    if blob is None:
+        return None
+    url = blob.url
     if not url.startswith(("data:video/", "https://")):
         history.leave_out("file")
         return None
@@ -3913,6 +4330,276 @@ _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JS
     "video_url": _to_input_video,
     "input_video": _to_input_video,
 }
+
+
+# Media that have to be fetched first
+
+
+def _at(block: Mapping[str, Any], field: str) -> str:
+    """An address that stands in a field itself, or in its `url`."""
+    return _text(block.get(field)) or _text(_mapping(block.get(field)).get("url"))
+
+
+def _image_source(block: Mapping[str, Any]) -> str:
+    return _at(block, "image_url")
+
+
+def _file_source(block: Mapping[str, Any]) -> str:
+    file = _mapping(block.get("file")) or block
+    source = _text(file.get("file_data")) or _text(file.get("file_url"))
+    file_id = _text(file.get("file_id"))
+    return source or (_host_file_address(file_id) if _UUID_RE.fullmatch(file_id) else "")
+
+
+def _audio_source(block: Mapping[str, Any]) -> str:
+    return _text(_mapping(block.get("input_audio")).get("data")) or _at(block, "input_audio")
+
+
+def _video_source(block: Mapping[str, Any]) -> str:
+    return _at(block, "video_url")
+
+
+def _host_file_address(file_id: str) -> str:
+    return f"/api/v1/files/{file_id}/content"
+
+
+_IMAGE: Final = MediaKind("image", _image_source, lambda spec: spec.takes_images)
+_FILE: Final = MediaKind("file", _file_source, lambda spec: True)
+_AUDIO: Final = MediaKind("audio", _audio_source, lambda spec: spec.takes_audio)
+_VIDEO: Final = MediaKind("video", _video_source, lambda spec: spec.takes_video)
+_MEDIA_KINDS: Final[dict[str, MediaKind]] = {
+    **dict.fromkeys(("image_url", "input_image"), _IMAGE),
+    **dict.fromkeys(("file", "input_file"), _FILE),
+    "input_audio": _AUDIO,
+    **dict.fromkeys(("video_url", "input_video"), _VIDEO),
+}
+
+
+def _wanted(block: Mapping[str, Any], spec: ModelSpec, settings: RequestSettings) -> list[MediaRef]:
+    """The medium of a content block, if it has to be fetched and the model takes it."""
+    kind = _MEDIA_KINDS.get(_text(block.get("type")))
+    if kind is None or not kind.is_taken(spec):
+        return []
+    source = kind.source(block)
+    return [MediaRef(kind.name, source)] if _is_fetched(kind.name, source, settings) else []
+
+
+def _is_fetched(kind: str, source: str, settings: RequestSettings) -> bool:
+    """Whether the pipe fetches what is at this address; else it is content, or OpenRouter's to fetch."""
+    if _host_file_id(source, settings.webui_url):
+        return True
+    if not source[:8].lower().startswith(("http://", "https://")) or _is_youtube(source):
+        return False
+    if settings.keeps_media or kind == "audio" or source[:5].lower() == "http:":
+        return True
+    return _web_address(source, settings.trusted_hosts).is_allowed  # OpenRouter may not reach it
+
+
+def _is_youtube(url: str) -> bool:
+    """Whether it is a film that some models can watch where it is."""
+    where = _web_address(url)
+    return where.host.removeprefix("www.").removeprefix("m.") in ("youtube.com", "youtu.be")
+
+
+def _pictures_of_answers(
+    messages: Sequence[Mapping[str, Any]], spec: ModelSpec, settings: RequestSettings
+) -> dict[int, list[str]]:
+    """The addresses of pictures that answers show, by place; the latest, where those of people leave room."""
+    if not (settings.answer_images and spec.takes_images):
+        return {}
+    room = settings.most_images - sum(
+        _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
+        for message in messages
+        if message.get("role") == "user"
+        for block in _objects(message.get("content"))
+    )
+    found: dict[int, list[str]] = {}
+    for position in range(len(messages) - 1, -1, -1):
+        message = messages[position]
+        if room <= 0:
+            break
+        if message.get("role") == "assistant" and (pictures := _pictures_in(message, settings.webui_url)):
+            found[position] = pictures[-room:]
+            room -= len(found[position])
+    return found
+
+
+def _pictures_in(message: Mapping[str, Any], webui_url: str) -> list[str]:
+    """The addresses of the pictures that an answer shows, in its text or as blocks of its own."""
+    text = _plain_text(message.get("content"))
+    in_text = [match[2] for match in _MARKDOWN_IMAGE_RE.finditer(text)] if "![" in text else []
+    blocks = map(_image_source, _objects(message.get("content")))
+    return [
+        address
+        for address in dict.fromkeys([*in_text, *blocks])
+        if address.startswith(("data:image/", "https://", "http://")) or _host_file_id(address, webui_url)
+    ]
+
+
+def _shown_parts(addresses: Iterable[str], intake: Intake, settings: RequestSettings) -> list[JSONObject]:
+    """The pictures of an answer that could be had; the others nobody misses: a model made them up."""
+    urls: list[str] = []
+    for address in addresses:
+        if not address.startswith("data:image/"):
+            urls.append(intake.media.get(MediaRef("image", address, True), _NO_MEDIUM).url)
+            continue
+        with contextlib.suppress(InputError):
+            _validate_base64_size(address[address.find(",") + 1 :], settings.most_bytes)
+            urls.append(address)
+    return [_image_part(url) for url in urls if url]
+
+
+_NO_MEDIUM: Final = MediaBlob()
+_SHOWN_ABOVE: Final = "(Pictures that your answers above show:)"
+
+
+# Files attached to a chat
+
+
+def _file_key(file: Mapping[str, Any]) -> str:
+    """What an entry of the host's list of files is known by."""
+    return _text(file.get("id")) or _text(file.get("url"))
+
+
+def _whole_files(files: ChatFiles, spec: ModelSpec, settings: RequestSettings) -> dict[str, JSONObject]:
+    """The files that the model gets whole, by their key, each as a block of a message."""
+    if settings.native_files == "off":
+        return {}
+    blocks = {_file_key(file): _whole_file(file, spec, settings) for file in files.files}
+    return {key: block for key, block in blocks.items() if key and block is not None}
+
+
+def _whole_file(file: Mapping[str, Any], spec: ModelSpec, settings: RequestSettings) -> JSONObject | None:
+    """The block for an attached file; None if it is left to the host, which searches in it."""
+    address, name = _text(file.get("url")), _text(file.get("name"))
+    if _is_youtube(address):
+        return _FILE_BLOCKS["video"](address, name) if spec.takes_video else None
+    file_id = _text(file.get("id"))
+    if file.get("type", "file") != "file" or not _HOST_FILE_RE.fullmatch(_host_file_address(file_id)):
+        return None
+    meta = _mapping(_mapping(file.get("file")).get("meta"))
+    mime = _text(file.get("content_type")) or _text(meta.get("content_type"))
+    mime = (mime or mimetypes.guess_type(name)[0] or "").partition(";")[0]
+    kind = next((kind for kind, mimes in _WHOLE_MIMES.items() if mimes.fullmatch(mime)), "")
+    size = file.get("size") or meta.get("size")
+    is_long = kind == "text" and _is_number(size) and size > _CHARS_PER_TOKEN * (spec.context_length or 0) / 2
+    is_taken = {"video": spec.takes_video, "audio": spec.takes_audio, "": False}
+    if is_long or not is_taken.get(kind, spec.reads_whole_files(settings.native_files)):
+        return None
+    return _FILE_BLOCKS[kind](_host_file_address(file_id), name)
+
+
+_CHARS_PER_TOKEN: Final = 4
+_WHOLE_MIMES: Final[dict[str, re.Pattern[str]]] = {
+    "file": re.compile(r"application/pdf"),
+    "text": re.compile(r"text/.+|application/(?:json|xml|(?:x-)?(?:yaml|toml|javascript|sh|sql|ndjson))"),
+    "audio": re.compile(r"audio/(?:x-)?(?:wav|wave|mpeg|mp3)"),
+    "video": re.compile(r"video/(?:mp4|mpeg|quicktime|webm)"),
+}
+_FILE_BLOCKS: Final[dict[str, Callable[[str, str], JSONObject]]] = {
+    **dict.fromkeys(
+        ("file", "text"),
+        lambda address, name: {"type": "file", "file": {"file_url": address, "filename": name}},
+    ),
+    "audio": lambda address, name: {"type": "input_audio", "input_audio": {"url": address}},
+    "video": lambda address, name: {"type": "video_url", "video_url": {"url": address}},
+}
+
+
+def _with_files(
+    messages: Sequence[Mapping[str, Any]],
+    blocks: Mapping[str, JSONObject],
+    questions: Sequence[tuple[str, Container[str]]],
+) -> Sequence[Mapping[str, Any]]:
+    """The messages, each file before the question that it came with; the last question has all others.
+
+    So what was sent once stays where it is, and providers find it in their caches. `questions` are those of
+    the saved chat: a question is known by its text, which the host may have put something before.
+    """
+    asked = [position for position, message in enumerate(messages) if message.get("role") == "user"]
+    if not blocks or not asked:
+        return messages
+    waiting = dict(blocks)
+    placed: dict[int, list[JSONObject]] = {}
+    places = asked[:]  # from the end, because the host may have summed up the beginning
+    for text, keys in reversed(questions):
+        mine = [key for key in blocks if key in keys]
+        place = next((n for n in reversed(places) if _is_question(messages[n], text, mine)), None)
+        if place is not None:
+            del places[places.index(place) :]
+            placed[place] = [blocks[key] for key in mine]
+            waiting = {key: block for key, block in waiting.items() if key not in mine}
+    placed[asked[-1]] = [*placed.get(asked[-1], ()), *waiting.values()]
+    seen: list[JSONObject] = []
+    whole = list(messages)
+    for position in asked:
+        files = [block for block in placed.get(position, ()) if block not in seen]
+        if files:
+            seen += files
+            content = [*files, *_blocks(messages[position].get("content"))]
+            whole[position] = {**messages[position], "content": content}
+    return whole
+
+
+def _is_question(message: Mapping[str, Any], text: str, keys: Iterable[str]) -> bool:
+    sent = _plain_text(message.get("content"))
+    return text.strip() in sent if text.strip() else any(key in sent for key in keys)
+
+
+def _blocks(content: Any) -> list[Any]:
+    if isinstance(content, str):
+        return [{"type": "text", "text": content}] if content else []
+    return content if isinstance(content, list) else []
+
+
+def _sent_whole(blocks: Mapping[str, JSONObject], intake: Intake) -> frozenset[str]:
+    """The keys of the files that could be had."""
+
+    def blob(block: JSONObject) -> MediaBlob:
+        kind = _MEDIA_KINDS[block["type"]]
+        return intake.media.get(MediaRef(kind.name, kind.source(block)), _NO_MEDIUM)
+
+    return frozenset(key for key, block in blocks.items() if not blob(block).reason)
+
+
+def _without_passages(
+    messages: Sequence[Mapping[str, Any]], files: ChatFiles, whole: frozenset[str]
+) -> Sequence[Mapping[str, Any]]:
+    """The messages without the passages that the host found, if all of them are of files sent whole."""
+    if not files.sources or not whole.issuperset(files.sources):
+        return messages
+    restored = list(messages)
+    for position in range(len(messages) - 1, -1, -1):
+        content = _blocks(messages[position].get("content"))
+        first = next(filter(None, (_text(_mapping(block).get("text")) for block in content)), "")
+        before = first.removesuffix(files.user_prompt)
+        if messages[position].get("role") == "user" and before != first and _PASSAGE in before:
+            plain = [_without_prefix(block, before) for block in content]
+            restored[position] = {**messages[position], "content": plain}
+            break
+    head = messages[0] if messages else {}
+    text = _plain_text(head.get("content"))
+    is_longer = text.startswith(files.system_prompt) and _PASSAGE in text[len(files.system_prompt) :]
+    if head.get("role") == "system" and is_longer:
+        restored[0] = {**head, "content": files.system_prompt}
+    return restored
+
+
+_PASSAGE: Final = '<source id="'
+
+
+def _without_prefix(block: Any, prefix: str) -> Any:
+    text = _mapping(block).get("text")
+    return {**block, "text": text.removeprefix(prefix)} if isinstance(text, str) else block
+
+
+def _missed_files(files: ChatFiles, whole: Container[str], has_tools: bool) -> tuple[str, ...]:
+    """A sentence for what is attached and reaches the model in no way."""
+    if files.is_retrieved or has_tools:
+        return ()
+    missed = [file for file in files.files if _file_key(file) not in whole]
+    names = [_shown_name(_text(file.get("name"))) or _UNNAMED["file"] for file in missed]
+    return tuple(f"Not sent to the model: {name}. Open WebUI looks into no files for it." for name in names)
 
 
 # ── 9b. Request models ───────────────────────────────────────────────────────
@@ -6777,29 +7464,6 @@ _DOWNLOAD_HEADERS: Final[dict[str, str]] = {
     "Accept-Encoding": "identity",
 }
 _REDIRECT_STATUS: Final = frozenset({301, 302, 303, 307, 308})
-# How a file begins -> what it is; the first that fits counts
-_SIGNATURES: Final[dict[bytes, str]] = {
-    rb"\x89PNG\r\n\x1a\n": "image/png",
-    rb"\xff\xd8\xff": "image/jpeg",
-    rb"GIF8[79]a": "image/gif",
-    rb"RIFF.{4}WEBP": "image/webp",
-    rb"BM.{4}\0{4}": "image/bmp",
-    rb".{4}ftyp(?:avi[fs]|mif1.{4}(?:.{4}){0,9}?avif)": "image/avif",
-    rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)": "image/heic",
-    rb".{4}ftypM4[AB] ": "audio/mp4",
-    rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
-    rb".{4}ftyp": "video/mp4",
-    rb"\s{0,9}%PDF-": "application/pdf",
-    rb"RIFF.{4}WAVE": "audio/wav",
-    rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
-    rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
-    rb"OggS.{24,99}?\x80theora": "video/ogg",
-    rb"OggS": "audio/ogg",
-    rb"fLaC": "audio/flac",
-    rb"\x1aE\xdf\xa3.{0,60}?webm": "video/webm",
-    rb"\x1aE\xdf\xa3": "video/x-matroska",
-    rb"\0\0\x01[\xba\xb3]": "video/mpeg",
-}
 # What aiohttp raises -> what it means; the first that fits counts
 _DOWNLOAD_FAILURES: Final[dict[type[BaseException], str]] = {
     TimeoutError: "it took too long",
@@ -6964,20 +7628,136 @@ def _not_downloaded(words: str) -> InputError:
     return InputError(f"The file could not be downloaded: {words}")
 
 
-def _sniffed(content: bytes) -> str:
-    """What a file is by its first bytes: what a header or a name says of it counts nothing."""
-    head = content[:_SNIFFED_BYTES]
-    for beginning, mime in _SIGNATURES.items():
-        if re.match(beginning, head, re.DOTALL):
-            return mime
-    is_markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
-    if is_markup and (tag := _MARKUP_RE.search(head)):
-        return "image/svg+xml" if tag[1].lower() == b"svg" else "text/html"
-    try:
-        content.decode()
-    except UnicodeDecodeError:
-        return "application/octet-stream"
-    return "application/octet-stream" if b"\0" in content else "text/plain"
+class MediaIntake:
+    """Has the media that a history names, several at once, within the limits of a request.
+
+    `clock` gives seconds that only grow; `resolve_name` the addresses of a server, for tests.
+    """
+
+    def __init__(
+        self, host: OpenWebUIHost, clock: Callable[[], float], resolve_name: Resolve | None = None
+    ) -> None:
+        self._host = host
+        self._clock = clock
+        self._resolve_name = resolve_name
+        self._slots = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        self._fetchers: dict[frozenset[str], SafeFetcher] = {}
+        self._gone: dict[str, float] = {}  # what answers show and nobody has: until when it is not asked for
+
+    async def resolve(
+        self, refs: Sequence[MediaRef], request: ChatRequest, settings: RequestSettings
+    ) -> dict[MediaRef, MediaBlob]:
+        """What could be had, and of the rest why not; the first of `refs` are the most important."""
+        errand = _Errand(request, settings)
+        pictures = [ref for ref in refs if ref.kind == "image"]
+        refused = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
+        wanted = [ref for ref in refs if ref not in refused]
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(self._have(ref, errand)) for ref in wanted]
+        return refused | dict(zip(wanted, (task.result() for task in tasks), strict=True))
+
+    async def aclose(self) -> None:
+        """Take no more."""
+        for fetcher in self._fetchers.values():
+            await fetcher.aclose()
+
+    async def _have(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
+        """One medium, or why it is not sent."""
+        try:
+            async with errand.slots, self._slots:
+                errand.check(0)
+                blob = await self._fetch(ref, errand)
+            errand.check(blob.size)
+            _check_kind(ref, blob)
+        except PipeError as exc:
+            LOGGER.info("a file of a chat was not sent: %s", exc)
+            return MediaBlob(name=_name_of(ref.address), reason=str(exc))
+        errand.size += blob.size
+        return blob
+
+    async def _fetch(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
+        request, settings = errand.request, errand.settings
+        most = settings.most_video_bytes if ref.kind == "video" else settings.most_bytes
+        if file_id := _host_file_id(ref.address, settings.webui_url):
+            return await self._host.inline_file(file_id, request.user_id, most)
+        kept_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{request.user_id} {ref.address}"))
+        if settings.keeps_media:
+            with contextlib.suppress(InputError):
+                return await self._host.inline_file(kept_id, request.user_id, most)
+        most = settings.most_video_bytes if ref.kind == "video" else settings.most_remote_bytes
+        content = await self._download(ref, settings.trusted_hosts, most)
+        blob = await asyncio.to_thread(_blob_of, content, _name_of(ref.address))
+        _check_kind(ref, blob)
+        if settings.keeps_media:
+            await self._host.save_file(kept_id, blob, content, request)
+        return blob
+
+    async def _download(self, ref: MediaRef, trusted_hosts: frozenset[str], most_bytes: int) -> bytes:
+        """The file at an address; what an answer shows is not waited for long, nor asked for again soon."""
+        if self._gone.get(ref.address, -math.inf) > self._clock():
+            raise InputError("It could not be had a short while ago")
+        fetcher = self._fetchers.get(trusted_hosts)
+        if fetcher is None:
+            fetcher = self._fetchers[trusted_hosts] = SafeFetcher(trusted_hosts, self._resolve_name)
+        try:
+            timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
+            return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
+        except InputError:
+            if ref.in_answer:
+                _drop_oldest(self._gone, _MOST_GONE)
+                self._gone[ref.address] = self._clock() + _GONE_S
+            raise
+
+
+class _Errand:
+    """What is fetched for one request: how much so far, and how much at once."""
+
+    __slots__ = ("_most", "request", "settings", "size", "slots")
+
+    def __init__(self, request: ChatRequest, settings: RequestSettings) -> None:
+        self.request = request
+        self.settings = settings
+        self.size = 0  # in bytes
+        self.slots = asyncio.Semaphore(_MEDIA_AT_ONCE_PER_REQUEST)
+        self._most = settings.most_bytes + settings.most_video_bytes
+
+    def check(self, size: int) -> None:
+        """Raise PayloadTooLargeError if there is no room for so many bytes more."""
+        if self.size + size > self._most:
+            raise PayloadTooLargeError(f"All files together are larger than {_megabytes(self._most)}")
+
+
+def _name_of(address: str) -> str:
+    """What a file at an address is called, else its server; those of the host do not say it."""
+    if not address.lower().startswith("http"):
+        return ""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
+    return ""
+
+
+def _check_kind(ref: MediaRef, blob: MediaBlob) -> None:
+    """Raise InputError if a file is not what it stands for; what it is, its first bytes say."""
+    what, mimes = _KINDS_BY_MIME[ref.kind]
+    if not mimes.fullmatch(blob.mime):
+        raise InputError(f"It is not {what}")
+    if ref.kind == "file" and blob.name.lower().endswith(".pdf") and blob.mime != "application/pdf":
+        raise InputError("It is not a PDF, although its name says so")
+
+
+_KINDS_BY_MIME: Final[dict[str, tuple[str, re.Pattern[str]]]] = {
+    "image": ("a picture", re.compile(r"image/(?!svg).+")),
+    "audio": ("a recording in WAV or MP3", re.compile(r"audio/(?:wav|mpeg)")),
+    "video": ("a film", re.compile(r"video/.+")),
+    "file": ("a file", re.compile(r".*")),
+}
+_ONE_TOO_MANY: Final = MediaBlob(reason="many pictures")
+_MEDIA_AT_ONCE: Final = 16
+_MEDIA_AT_ONCE_PER_REQUEST: Final = 4
+_SHOWN_DOWNLOAD_S: Final = 5.0
+_MOST_GONE: Final = 1_000
+_GONE_S: Final = 600.0
 
 
 # ── 15. Artifact store ───────────────────────────────────────────────────────
@@ -7405,9 +8185,11 @@ class TurnLoop:
         host: OpenWebUIHost,
         env: HostEnvironment,
         cipher: ArtifactCipher,
+        media: MediaIntake,
         clock: Callable[[], float],
     ) -> None:
         self._registry = registry
+        self._media = media
         self._account = account
         self._cipher = cipher
         self._engine = engine
@@ -7461,20 +8243,16 @@ class TurnLoop:
         body = await self._within_rights(CompletionsBody.parse(request.body), job)
         spec = await self._registry.get(connection, request.model, CatalogChoice.of(job.valves))
         settings = _request_settings(
-            job.valves, request, spec, self._env.secret, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
+            job.valves, request, spec, self._env, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
         takes_reasoning = settings.replay != "off" and spec.reasons and not request.is_task
-        plan = plan_intake(body.messages) if takes_reasoning else IntakePlan()
-        intake = self._take_in(plan, request.user_id)
-        translated = ResponsesBody.from_completions(body, spec, settings, intake)
-        self._log_unsent(job, body, translated)
-        misses_tools = request.chose_tools and "tool" in translated.left_out
-        notices = (*translated.notices, *((_TOOLS_LEFT_OUT,) if misses_tools else ()))
-        await job.emitter.send([Notice(text) for text in notices])
+        translated = await self._translated(body, spec, settings, job)
         policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         payload = self._registry.fit(translated.payload, spec)
         upstream = _upstream_request(payload, body, job.valves)
         connection = _with_beta_headers(connection, payload, spec)
+        who = self._host.identity_headers(request)
+        connection = connection._replace(headers=(*connection.headers, *who.items()))
         limits = QueueLimits(
             job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
             job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
@@ -7485,18 +8263,58 @@ class TurnLoop:
             sink = self._recording(sink, request.user_id)
         await self._engine.stream(connection, upstream, sink, policy, limits)
 
-    def _take_in(self, plan: IntakePlan, user_id: str) -> Intake:
+    async def _translated(
+        self, body: CompletionsBody, spec: ModelSpec, settings: RequestSettings, job: _PipeJob
+    ) -> ResponsesBody:
+        """The request, with what the chat names by an address in it; the person is told what is missing.
+
+        Raises:
+            InputError: nothing is left to send, or a parameter has a value of the wrong kind.
+        """
+        request, files = job.request, job.request.files
+        blocks = _whole_files(files, spec, settings)
+        if blocks:
+            questions = await self._host.questions(request.chat_id, files.question_id)
+            body = body._replace(messages=tuple(_with_files(body.messages, blocks, questions)))
+        plan = plan_intake(body.messages, spec, settings)
+        takes_reasoning = settings.replay != "off" and spec.reasons and not request.is_task
+        intake = self._opened(plan.sealed if takes_reasoning else (), request.user_id)
+        if plan.media:
+            intake = intake._replace(media=await self._fetched(plan.media, settings, job))
+        if blocks:
+            whole = _sent_whole(blocks, intake)
+            body = body._replace(messages=tuple(_without_passages(body.messages, files, whole)))
+        translated = ResponsesBody.from_completions(body, spec, settings, intake)
+        self._log_unsent(job, body, translated)
+        notices = [*translated.notices]
+        if settings.native_files != "off":
+            notices += _missed_files(files, blocks, "tools" in translated.payload)
+        if request.chose_tools and "tool" in translated.left_out:
+            notices.append(_TOOLS_LEFT_OUT)
+        await job.emitter.send([Notice(text) for text in notices])
+        return translated
+
+    async def _fetched(
+        self, refs: Sequence[MediaRef], settings: RequestSettings, job: _PipeJob
+    ) -> Mapping[MediaRef, MediaBlob]:
+        """The media of a chat; when it takes long, the person is told what is waited for."""
+        async with asyncio.TaskGroup() as group:
+            fetching = group.create_task(self._media.resolve(refs, job.request, settings))
+            await asyncio.wait((fetching,), timeout=_SILENT_S)
+            if not fetching.done():
+                await job.emitter.send((StatusUpdate(_FETCHING),))
+                await asyncio.wait((fetching,))
+                await job.emitter.send((StatusUpdate(_FETCHING, done=True, hidden=True),))
+        return fetching.result()
+
+    def _opened(self, sealed_texts: Sequence[str], user_id: str) -> Intake:
         """Open what can be opened; what cannot is another person's, or older than the server's secret."""
         records: dict[str, TurnEntries] = {}
-        for sealed in plan.sealed if self._cipher.can_seal else ():
+        for sealed in sealed_texts if self._cipher.can_seal else ():
             with contextlib.suppress(StorageError, ValueError):
                 records[sealed] = _objects(_json_loads(self._cipher.open(sealed, user_id)))
-        if len(records) < len(plan.sealed):
-            LOGGER.info(
-                "%d of %d kept pieces of reasoning can not be read",
-                len(plan.sealed) - len(records),
-                len(plan.sealed),
-            )
+        if lost := len(sealed_texts) - len(records):
+            LOGGER.info("%d of %d kept pieces of reasoning can not be read", lost, len(sealed_texts))
         return Intake(records, not self._cipher.can_seal)
 
     def _recording(self, sink: Sink, user_id: str) -> Sink:
@@ -7606,6 +8424,8 @@ _NOT_REMEMBERED: Final = (
 )
 _INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
 _MOST_TOLD: Final = 1000
+_SILENT_S: Final = 1.0
+_FETCHING: Final = "Fetching the files of this chat"
 # Those that the host offers with every chat are not missed; those that a person has chosen are.
 _TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.
@@ -7651,9 +8471,9 @@ class Runtime:
         self._publisher = ModelPublisher(self.host, pipe_id, clock)
         account = AccountReader(self._client.get_json, clock)
         engine = StreamingEngine(self._client, sleep)
-        self._turns = TurnLoop(
-            self._registry, account, engine, self.host, env, ArtifactCipher(env.secret, pipe_id), clock
-        )
+        self._media = MediaIntake(self.host, clock)
+        cipher = ArtifactCipher(env.secret, pipe_id)
+        self._turns = TurnLoop(self._registry, account, engine, self.host, env, cipher, self._media, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -7691,7 +8511,7 @@ class Runtime:
             self._shown = _menu(models, valves, today)
             self.last_menu = _menu_entries(self._shown)
             self._menu_catalog, self._menu_choice = models, made_of
-        published = PublishChoice(valves.SYNC_MODEL_METADATA, valves.NEW_MODEL_ACCESS)
+        published = PublishChoice(valves.SYNC_MODEL_METADATA, valves.NEW_MODEL_ACCESS, valves.NATIVE_FILES)
         self._publisher.publish(self._shown, published)
         if has_new_valves:
             await self._publisher.wait(_PUBLISH_WAIT_S)
@@ -7799,6 +8619,7 @@ class Runtime:
             cast("asyncio.Task[None]", job.task).cancel()
         if left:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
+        await self._media.aclose()
         await self._publisher.aclose()
         await self._registry.aclose()
         await self._client.aclose()
@@ -7856,9 +8677,10 @@ class Pipe:
         __metadata__: Mapping[str, Any] | None = None,
         __event_emitter__: HostEventEmitter | None = None,
         __task__: str | None = None,
+        __request__: Any = None,
     ) -> AsyncGenerator[JSONObject, None] | JSONObject:
         """Answer one chat request: a stream of chunks, or one dict where none was asked for."""
-        request = _capture(body, __user__, __metadata__, __event_emitter__, __task__)
+        request = _capture(body, __user__, __metadata__, __event_emitter__, __task__, __request__)
         runtime = self._started(str(body.get("model") or ""))
         job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
         if request.dialect == "browser":
@@ -7899,6 +8721,7 @@ def _capture(
     metadata: Mapping[str, Any] | None,
     emitter: HostEventEmitter | None,
     task: str | None,
+    host_request: Any,
 ) -> ChatRequest:
     """The arguments of `pipe()`, normalised once."""
     user, metadata = user or {}, metadata or {}
@@ -7916,8 +8739,30 @@ def _capture(
         is_admin=user.get("role") == "admin",
         picked_model=str(_mapping(metadata.get("model")).get("id") or ""),
         chose_tools=bool(metadata.get("tool_ids") or metadata.get("tool_servers")),
+        files=_chat_files(metadata),
+        user=user,
+        host_request=host_request,
         user_valves=user.get("valves"),
         event_emitter=emitter,
+    )
+
+
+def _chat_files(metadata: Mapping[str, Any]) -> ChatFiles:
+    """What is attached to a chat, without the knowledge that belongs to its model or folder."""
+    files = _objects(metadata.get("files"))
+    if not files:
+        return ChatFiles()
+    meta = _mapping(_mapping(_mapping(metadata.get("model")).get("info")).get("meta"))
+    known = [*_objects(meta.get("knowledge")), *_objects(metadata.get("folder_knowledge"))]
+    known_keys = set(map(_file_key, known))
+    sources = [_mapping(source.get("source")) for source in _objects(metadata.get("sources"))]
+    return ChatFiles(
+        files=tuple(file for file in files if _file_key(file) not in known_keys),
+        sources=tuple(map(_file_key, sources)),
+        user_prompt=_text(metadata.get("base_user_prompt")),
+        system_prompt=_text(metadata.get("base_system_prompt")),
+        is_retrieved=_mapping(meta.get("capabilities")).get("file_context") is not False,
+        question_id=_text(metadata.get("user_message_id")),
     )
 
 

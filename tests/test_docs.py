@@ -65,11 +65,10 @@ GIVEN_NAMES: Final[dict[int, str]] = {
 # Given names whose work has not come yet. A name leaves this list with its work.
 PENDING: Final = words(
     """
-    _REMOTE_FILE_MAX_SIZE_DEFAULT_MB _MARKDOWN_IMAGE_RE _QUEUE_MAXSIZE StatusMessages
-    ArtifactPayload _QueuedToolCall _ToolExecutionContext
+    _QUEUE_MAXSIZE StatusMessages ArtifactPayload _QueuedToolCall _ToolExecutionContext
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
-    SessionLogger.flush_for_citation ServiceEnvironment _inline_internal_file_url
-    _strictify_schema _emit_tool_prompt MediaIntake
+    SessionLogger.flush_for_citation ServiceEnvironment
+    _strictify_schema _emit_tool_prompt
     ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
     CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop

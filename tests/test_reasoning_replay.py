@@ -236,7 +236,7 @@ def as_host_returns(saved: Sequence[Json]) -> list[Json]:
 
 def taken_in(messages: Sequence[Json], cipher: ArtifactCipher = CIPHER) -> Intake:
     """The records of a history, opened."""
-    plan = plan_intake(messages)
+    plan = plan_intake(messages, THINKING)
     return Intake({sealed: json.loads(cipher.open(sealed, OWNER)) for sealed in plan.sealed})
 
 
@@ -1229,7 +1229,7 @@ def test_any_details_are_refused_or_valid(
     messages: list[Json], records: list[Json], takes_unsealed: bool, replay: str
 ) -> None:
     intake = Intake({"x": records, "y": records[::-1]}, takes_unsealed)
-    plan_intake(messages)
+    plan_intake(messages, THINKING)
     try:
         entries = sent([HELLO, *messages], intake, replay=replay)
     except InputError:

@@ -19,6 +19,7 @@ from referencing.jsonschema import DRAFT202012
 from openrouter_responses_pipe.openrouter_responses_pipe import (
     ChatRequest,
     CompletionsBody,
+    HostEnvironment,
     ModelSpec,
     OpenRouterModelRegistry,
     Pipe,
@@ -438,7 +439,7 @@ def test_what_anthropics_models_keep(
     valves = Valves.model_validate({"PROMPT_CACHING": caching, "PROMPT_CACHE_TTL": ttl})
     for is_task in (False, True):
         request = ChatRequest(body={}, dialect="api_stream", model=model, is_task=is_task)
-        made = _request_settings(valves, request, spec, "secret", offer_tools=False)
+        made = _request_settings(valves, request, spec, HostEnvironment("secret"), offer_tools=False)
         expected = sent if keeps and not is_task else None
         assert leaving(spec, made).get("cache_control") == expected
 
@@ -620,7 +621,7 @@ def test_any_ids_fit(chat_id: str, user_id: str, secret: str, identifiers: str) 
     request = ChatRequest(body={}, dialect="browser", model="a/b", chat_id=chat_id, user_id=user_id)
     valves = Valves.model_validate({"SEND_IDENTIFIERS": identifiers})
     spec = ModelSpec("a/b", "B")
-    made = _request_settings(valves, request, spec, secret, offer_tools=False)
+    made = _request_settings(valves, request, spec, HostEnvironment(secret), offer_tools=False)
     found = leaving(spec, made)
     texts = [found[name] for name in NAMED[:3] if name in found] + [*found.get("metadata", {}).values()]
     assert all(PSEUDONYM.fullmatch(text) for text in texts)

@@ -92,9 +92,16 @@ ROWS: Final[dict[str, Row]] = {
     "USE_MODEL_MAX_OUTPUT_TOKENS": Row("boolean", False),
     "UNSUPPORTED_PARAMETERS": Row("string", "drop", choices=("drop", "use_chat_completions")),
     "MAX_INPUT_IMAGES_PER_REQUEST": Row("integer", 20, 0, 100),
+    "IMAGE_INPUT_SELECTION": Row(
+        "string", "user_then_assistant", choices=("user_only", "user_then_assistant")
+    ),
+    "NATIVE_FILES": Row("string", "off", choices=("off", "supported", "always")),
     "PDF_ENGINE": Row("string", "auto", choices=("auto", "native", "mistral-ocr", "cloudflare-ai")),
     "BASE64_MAX_SIZE_MB": Row("integer", 50, 1, 500),
     "VIDEO_MAX_SIZE_MB": Row("integer", 100, 1, 500),
+    "SAVE_REMOTE_MEDIA": Row("boolean", True),
+    "REMOTE_FILE_MAX_SIZE_MB": Row("integer", 50, 1, 500),
+    "ALLOW_HTTP_HOSTS": Row("string", ""),
     "USER_REQUEST_FIELDS": Row("string", ""),
     "PROMPT_CACHING": Row("string", "auto", choices=("auto", "off")),
     "PROMPT_CACHE_TTL": Row("string", "5m", choices=("5m", "1h")),
