@@ -1039,9 +1039,13 @@ _WRONG_ENDPOINT: Final = "wrong_endpoint"
 _RETRYABLE_STATUS: Final = frozenset({408, 429, 500, 502, 503, 504, 529, *range(520, 527)})
 
 
+def _is_object(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    return type(value) is dict or isinstance(value, Mapping)  # the second takes ten times as long
+
+
 def _mapping(value: Any) -> Mapping[str, Any]:
-    """`value` if it is a mapping, else an empty one: any part of an error may be missing."""
-    return value if isinstance(value, Mapping) else {}
+    """`value` if it is an object, else an empty one: any part of an error may be missing."""
+    return value if _is_object(value) else {}
 
 
 def _text(value: Any) -> str:
@@ -1066,7 +1070,7 @@ def _strings(value: Any) -> list[str]:
 
 def _objects(value: Any) -> list[Mapping[str, Any]]:
     """The objects of a list; nothing for anything else."""
-    return [entry for entry in value if isinstance(entry, Mapping)] if isinstance(value, list) else []
+    return [entry for entry in value if _is_object(entry)] if isinstance(value, list) else []
 
 
 def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
@@ -3645,13 +3649,24 @@ _UNNAMED: Final = {"image": "a picture", "file": "a file", "audio": "a recording
 class _History:
     """The items of a history while it is translated, and what had to be left out."""
 
-    __slots__ = ("_media", "_refused", "_used_ids", "instructions", "items", "left_out", "settings", "shown")
+    __slots__ = (
+        "_media",
+        "_refused",
+        "_used_ids",
+        "instructions",
+        "items",
+        "left_out",
+        "pictures",
+        "settings",
+        "shown",
+    )
 
     def __init__(self, settings: RequestSettings, intake: Intake = _NOTHING_TAKEN_IN) -> None:
         self.settings = settings
         self.instructions = ""
         self.items: list[JSONObject] = []
         self.left_out: dict[str, int] = {}
+        self.pictures = 0
         self.shown: list[JSONObject] = []  # pictures of answers, which go with the next question
         self._media = intake.media
         self._refused: list[str] = []
@@ -3663,6 +3678,8 @@ class _History:
 
     def medium(self, kind: str, source: str, name: str = "") -> MediaBlob | None:
         """What a block of this kind holds, as it is or as it could be had; None if it is not sent."""
+        if len(source) > _MAX_URL_CHARS:  # content, which would take time to be looked up
+            return MediaBlob(source)
         blob = self._media.get(MediaRef(kind, source), MediaBlob(source))
         if not blob.reason:
             return blob
@@ -3697,15 +3714,15 @@ def plan_intake(
     sealed = [
         detail["sealed"]
         for message in messages
-        for detail in _objects(message.get("reasoning_details"))
+        if message.get("reasoning_details")
+        for detail in _objects(message["reasoning_details"])
         if detail.get("type") == _CARRIER and 0 < len(_text(detail.get("sealed"))) <= _MAX_CARRIER_CHARS
     ]
     media: list[MediaRef] = []
     for message in reversed(messages):
-        if message.get("role") == "user":
-            media += [
-                ref for block in _objects(message.get("content")) for ref in _wanted(block, spec, settings)
-            ]
+        if message.get("role") == "user" and not isinstance(message.get("content"), str):
+            blocks = reversed(_objects(message.get("content")))
+            media += [ref for block in blocks for ref in _wanted(block, spec, settings)]
     shown = _pictures_of_answers(messages, spec, settings)
     for position in sorted(shown, reverse=True):
         addresses = [address for address in shown[position] if not address.startswith("data:")]
@@ -3732,7 +3749,8 @@ def _transform_messages_to_input(
     shown = _pictures_of_answers(rest, spec, settings)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
-        history.shown += _shown_parts(shown.get(position, ()), intake, settings)
+        if position in shown:
+            history.shown += _shown_parts(shown[position], intake, settings)
         if role == "tool":
             _add_tool_output(history, message, open_calls)
             continue
@@ -3741,9 +3759,8 @@ def _transform_messages_to_input(
             history.leave_out("role")
             continue
         calls = _answered_calls(history, message, rest, position + 1) if message.get("tool_calls") else []
-        entries = (
-            _entries_of(message, records, intake) if role == "assistant" and position >= replay_from else []
-        )
+        is_recorded = role == "assistant" and position >= replay_from and message.get("reasoning_details")
+        entries = _entries_of(message, records, intake) if is_recorded else []
         if entries and _add_replayed(history, _plain_text(message.get("content")), calls, entries):
             open_calls = {call.call_id: sent for call, sent in calls}
             for detail in _objects(message.get("reasoning_details")):
@@ -3760,6 +3777,8 @@ def _transform_messages_to_input(
 def _keep_latest_images(history: _History) -> None:
     """Leave out the earliest pictures above the limit; a message that held nothing else goes with them."""
     left = history.settings.most_images
+    if history.pictures <= left:
+        return
     for item in reversed(history.items):
         content = item.get("content")
         if item.get("role") != "user" or not isinstance(content, list):
@@ -3819,9 +3838,10 @@ def _plain_text(content: Any) -> str:
 
 def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
     content = message.get("content")
-    blocks = [{"type": "text", "text": content}] if isinstance(content, str) else content
     parts: list[JSONObject] = []
-    for block in blocks if isinstance(blocks, list) else []:
+    if isinstance(content, str) and content:
+        parts.append({"type": "input_text", "text": content})
+    for block in content if isinstance(content, list) else []:
         kind = str(_mapping(block).get("type") or "")
         convert = _TO_INPUT.get(kind)
         if convert is None:
@@ -4213,6 +4233,7 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
         return None
     if not _fits(blob.url, history, "unreadable picture"):
         return None
+    history.pictures += 1
     detail = _mapping(block.get("image_url")).get("detail") or block.get("detail")
     return _image_part(blob.url, detail if detail in _IMAGE_DETAILS else "auto")
 
@@ -4386,6 +4407,8 @@ def _wanted(block: Mapping[str, Any], spec: ModelSpec, settings: RequestSettings
 
 def _is_fetched(kind: str, source: str, settings: RequestSettings) -> bool:
     """Whether the pipe fetches what is at this address; else it is content, or OpenRouter's to fetch."""
+    if len(source) > _MAX_URL_CHARS:
+        return False
     if _host_file_id(source, settings.webui_url):
         return True
     if not source[:8].lower().startswith(("http://", "https://")) or _is_youtube(source):
@@ -4407,6 +4430,13 @@ def _pictures_of_answers(
     """The addresses of pictures that answers show, by place; the latest, where those of people leave room."""
     if not (settings.answer_images and spec.takes_images):
         return {}
+    answers = [
+        (position, message)
+        for position, message in enumerate(messages)
+        if message.get("role") == "assistant" and _may_show(message.get("content"))
+    ]
+    if not answers:
+        return {}
     room = settings.most_images - sum(
         _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
         for message in messages
@@ -4414,20 +4444,20 @@ def _pictures_of_answers(
         for block in _objects(message.get("content"))
     )
     found: dict[int, list[str]] = {}
-    for position in range(len(messages) - 1, -1, -1):
-        message = messages[position]
-        if room <= 0:
-            break
-        if message.get("role") == "assistant" and (pictures := _pictures_in(message, settings.webui_url)):
+    for position, message in reversed(answers):
+        if room > 0 and (pictures := _pictures_in(message, settings.webui_url)):
             found[position] = pictures[-room:]
             room -= len(found[position])
     return found
 
 
+def _may_show(content: Any) -> bool:
+    return "![" in content if isinstance(content, str) else bool(content)
+
+
 def _pictures_in(message: Mapping[str, Any], webui_url: str) -> list[str]:
     """The addresses of the pictures that an answer shows, in its text or as blocks of its own."""
-    text = _plain_text(message.get("content"))
-    in_text = [match[2] for match in _MARKDOWN_IMAGE_RE.finditer(text)] if "![" in text else []
+    in_text = [match[2] for match in _MARKDOWN_IMAGE_RE.finditer(_plain_text(message.get("content")))]
     blocks = map(_image_source, _objects(message.get("content")))
     return [
         address
@@ -4639,15 +4669,13 @@ class CompletionsBody(NamedTuple):
         messages = body.get("messages")
         if not isinstance(messages, list) or not messages:
             raise InputError("It holds no messages")
-        if not all(isinstance(message, Mapping) for message in messages):
+        if not all(map(_is_object, messages)):
             raise InputError("One of its messages is not an object")
         tools = body.get("tools")
         return cls(
             model=_upstream_model_id(str(body.get("model") or "")),
             messages=tuple(messages),
-            tools=tuple(tool for tool in tools if isinstance(tool, Mapping))
-            if isinstance(tools, list)
-            else (),
+            tools=tuple(_objects(tools)),
             parameters={
                 name: value
                 for name, value in body.items()
