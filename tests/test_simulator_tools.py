@@ -79,7 +79,7 @@ def kinds(items: list[Json]) -> list[str]:
     return [item["type"] for item in items]
 
 
-def call(name: str = "add", **arguments: Any) -> Json:
+def call(name: str = "add", /, **arguments: Any) -> Json:
     """One call of a script."""
     return {"name": name, "arguments": arguments}
 
