@@ -804,6 +804,10 @@ def _flatten(content: Any, kinds: set[str]) -> str:
     return "".join(part.get("text") or "" for part in content)
 
 
+# Open WebUI hands pictures that tools made to the model in a user message of its own; nobody asked it.
+_PICTURES_OF_TOOLS: Final = "Here are the images from the tool results"
+
+
 def _read_turn(chat: bool, body: Json, model_id: str, model: Json) -> Turn:
     """Read a checked body of either endpoint into a Turn."""
     source = body.get("messages") if chat else body["input"]
@@ -812,7 +816,7 @@ def _read_turn(chat: bool, body: Json, model_id: str, model: Json) -> Turn:
     text, outputs, length = "", [], len(body.get("instructions") or "")
     for item in items:
         said = _flatten(item.get("content"), kinds) or item.get("arguments") or ""
-        if item.get("role") == "user":
+        if item.get("role") == "user" and not said.startswith(_PICTURES_OF_TOOLS):
             text, outputs = said, []
         elif item.get("role") == "tool":
             outputs.append(said)
@@ -882,9 +886,11 @@ def _text_item(turn: Turn, text: str, annotations: list[Json] | None = None, ite
     return {"type": "message", "id": item_id, "role": "assistant", "status": "completed", "content": [part]}
 
 
-def _reasoning_item(turn: Turn, summary: Sequence[str] = (), content: str = "", sealed: bool = False) -> Json:
+def _reasoning_item(
+    turn: Turn, summary: Sequence[str] = (), content: str = "", sealed: bool = False, item_id: str = ""
+) -> Json:
     """Build a reasoning item: summary parts, or raw content with a signature."""
-    item: Json = {"type": "reasoning", "id": f"rs_tmp_{turn.rid}", "status": "completed",
+    item: Json = {"type": "reasoning", "id": item_id or f"rs_tmp_{turn.rid}", "status": "completed",
                   "summary": [{"type": "summary_text", "text": part} for part in summary]}  # fmt: skip
     if content:
         item |= {"content": [{"type": "reasoning_text", "text": content}], "format": "anthropic-claude-v1"}
@@ -898,7 +904,7 @@ def _reasoning_item(turn: Turn, summary: Sequence[str] = (), content: str = "", 
 
 def _quote(text: str, limit: int = 200) -> str:
     """Cut a text for quoting; control words are left out, they would work again when they come back."""
-    text = " ".join(_CONTROL.sub("", text).split())
+    text = " ".join(_CONTROL.sub("", _cut_script(text)[0]).split())
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
@@ -1007,6 +1013,16 @@ _CITY: Final = {"properties": {"city": {"type": "string"}}}
 _DEFAULT_TOOL: Final[Json] = {"name": "get_weather", "parameters": _CITY}
 
 
+def _call_item(turn: Turn, index: int, name: str, arguments: Any, call_id: str = "") -> Json:
+    """One function call; arguments that are a string go out as they are, valid or not."""
+    tail = f"{turn.rid}_{index}"
+    return {
+        "type": "function_call", "id": f"fc_tmp_{tail}", "call_id": call_id or f"call_{tail}", "name": name,
+        "arguments": arguments if isinstance(arguments, str) else _dumps(arguments).decode(),
+        "status": "completed",
+    }  # fmt: skip
+
+
 def _tool(turn: Turn, params: Params) -> Plan:
     """Call `n` functions out of the offered ones; answer in text once the outputs of `rounds` are in."""
     count, rounds = int(params["n"]), float(params["rounds"])
@@ -1019,12 +1035,7 @@ def _tool(turn: Turn, params: Params) -> Plan:
     for index in range(count):
         tool = chosen[index % len(chosen)]
         arguments = params.get("args", _arguments(tool.get("parameters") or {}))
-        tail = f"{turn.rid}_{index}"
-        calls.append({
-            "type": "function_call", "id": f"fc_tmp_{tail}", "call_id": f"call_{tail}", "name": tool["name"],
-            "arguments": arguments if isinstance(arguments, str) else _dumps(arguments).decode(),
-            "status": "completed",
-        })  # fmt: skip
+        calls.append(_call_item(turn, index, tool["name"], arguments))
     said = [_text_item(turn, str(params["say"])) | {"phase": "commentary"}] if params.get("say") else []
     return Plan([*_thoughts(turn, params), *said, *calls], style=str(params["style"]))
 
@@ -1034,6 +1045,125 @@ def _tool_answer(turn: Turn, params: Params) -> Plan:
     quoted = "\n".join(f"- {_quote(output)}" for output in turn.outputs)
     asked = _quote(turn.text, 80)
     return Plan([_text_item(turn, f"The tools returned:\n\n{quoted}\n\nThat answers “{asked}”.")])
+
+
+# A script says, answer by answer, what the model thinks, says and calls.
+
+Step = tuple[str, Any]  # a kind of _ACTS, and what is thought, said or called
+_SCRIPT: Final = re.compile(r"\[\[\s*script\s+(?=\{)")
+_SCRIPT_END: Final = re.compile(r"\s*\]\]")
+
+
+def _cut_script(text: str) -> tuple[str, Params | None]:
+    """A message without its script, and the script; None if it has none that can be read."""
+    start = _SCRIPT.search(text)
+    if start is None:
+        return text, None
+    try:
+        script, end = json.JSONDecoder().raw_decode(text, start.end())
+    except ValueError:
+        return text, None
+    closed = _SCRIPT_END.match(text, end)
+    return (text[: start.start()] + text[closed.end() :], script) if closed else (text, None)
+
+
+def _read_answer(written: Any) -> tuple[list[Step], Params]:
+    """One answer of a script: its steps, and parameters for it alone."""
+    params = {"steps": written} if not isinstance(written, dict) else written
+    params = {key: value for key, value in params.items() if key not in _QUEUED_ONLY}
+    steps = params.pop("steps", [])
+    return [_read_step(step) for step in ([steps] if isinstance(steps, str) else steps)], params
+
+
+def _read_step(written: Any) -> Step:
+    """One step: a string is said, an object with a name is a call, any other has its kind as its only key."""
+    if isinstance(written, str):
+        return "say", written
+    if isinstance(written, dict) and "name" in written:
+        return "call", written
+    if isinstance(written, dict) and len(written) == 1:
+        (kind,) = written
+        if kind in _ACTS and kind != "call":
+            return kind, written[kind]
+    raise ValueError(f"no step of a script: {written!r}")
+
+
+def _act_call(turn: Turn, params: Params, index: int, call: Params) -> list[Json]:
+    arguments = call.get("arguments", {})
+    return [_call_item(turn, index, call["name"], arguments, str(call.get("call_id", "")))]
+
+
+def _act_say(turn: Turn, params: Params, index: int, text: Any) -> list[Json]:
+    quoted = "\n".join(f"- {_quote(output, int(params['quote']))}" for output in turn.outputs)
+    text = str(text).replace("{outputs}", quoted).replace("{count}", str(len(turn.outputs)))
+    return [_text_item(turn, text, item_id=f"msg_tmp_{turn.rid}_{index}")]
+
+
+def _act_reasoning(turn: Turn, params: Params, index: int, thought: Any) -> list[Json]:
+    if not thought:
+        return []
+    parts = [str(part) for part in (thought if isinstance(thought, list) else [thought])]
+    sealed = bool(params.get("encrypted"))
+    return [_reasoning_item(turn, parts, sealed=sealed, item_id=f"rs_tmp_{turn.rid}_{index}")]
+
+
+def _act_thinking(turn: Turn, params: Params, index: int, thought: Any) -> list[Json]:
+    return [_reasoning_item(turn, content=str(thought), item_id=f"rs_tmp_{turn.rid}_{index}")]
+
+
+_ACTS: Final[dict[str, Callable[[Turn, Params, int, Any], list[Json]]]] = {
+    "call": _act_call,
+    "say": _act_say,
+    "reasoning": _act_reasoning,
+    "thinking": _act_thinking,
+}
+
+
+def _act(turn: Turn, params: Params, steps: Sequence[Step]) -> Plan:
+    """The items of an answer, in the order of its steps; the usual thoughts go first if it has none."""
+    kinds = {kind for kind, _ in steps}
+    items = [] if kinds & {"reasoning", "thinking"} else _thoughts(turn, params)
+    for index, (kind, value) in enumerate(steps):
+        items += _ACTS[kind](turn, params, index, value)
+    if "call" in kinds:
+        items = [item | ({"phase": "commentary"} if item["type"] == "message" else {}) for item in items]
+    return Plan(items, style=str(params["style"]))
+
+
+def _follow_script(turn: Turn, params: Params) -> Plan:
+    """Make the calls of the first round that lack outputs; after all of them, or without tools, the end."""
+    rounds = [_read_answer(written) for written in params["rounds"]]
+    numbers = [sum(kind == "call" for kind, _ in steps) for steps, _ in rounds]
+    if not all(numbers):
+        raise ValueError("a round without a call would never end")
+    answered = len(turn.outputs)
+    able = bool(turn.tools) and turn.body.get("tool_choice") != "none"
+    for (steps, own), number in zip(rounds, numbers, strict=True):
+        if able and answered < number:
+            params |= own
+            return _act(turn, params, _unanswered(steps, answered))
+        answered -= number
+    if able and rounds and params["endless"]:
+        params |= rounds[-1][1]
+        return _act(turn, params, rounds[-1][0])
+    return _end_script(turn, params)
+
+
+def _unanswered(steps: Sequence[Step], answered: int) -> list[Step]:
+    """The steps of a round of which so many calls have outputs: all, or only the calls that are left."""
+    return [step for step in steps if step[0] == "call"][answered:] if answered else list(steps)
+
+
+def _end_script(turn: Turn, params: Params) -> Plan:
+    """The last answer: steps, another scenario, or the usual text that quotes the outputs."""
+    steps, own = _read_answer(params["final"])
+    if scenario := SCENARIOS.get(str(own.get("scenario", ""))):
+        params |= scenario.defaults | own
+        return scenario.plan(turn, params)
+    params |= own
+    if steps:
+        return _act(turn, params, steps)
+    return (_tool_answer if turn.outputs else _plain)(turn, params)
 
 
 _SOURCES: Final = (
@@ -1186,6 +1316,8 @@ SCENARIOS: Final[dict[str, Scenario]] = {
     "tool_whole": Scenario(_tool, "a call whose arguments come only in item.done",
                            _CALLS | {"style": "whole"}),
     "tool_answer": Scenario(_tool_answer, "a text that quotes the tool outputs"),
+    "script": Scenario(_follow_script, "rounds of calls written down in JSON, then an end",
+                       {"rounds": [], "endless": False, "final": [], "quote": 200, "style": "deltas"}),
     "web_search": Scenario(_web_search, "web_search_call, progress events, citations", {"native": 1}),
     "or_search": Scenario(_web_search, "openrouter:web_search item, citations", {"native": 0}),
     "datetime": Scenario(_datetime, "openrouter:datetime item, then text"),
@@ -1274,6 +1406,11 @@ def _choose(turn: Turn) -> tuple[str, Params]:
     """Pick the scenario of a request from its text: (name, parameters)."""
     if _task_kind(turn):
         return "task", {}
+    if _SCRIPT.search(turn.text):
+        script = _cut_script(turn.text)[1]
+        if script is None:
+            raise RefusalError(400, _gateway(400, "simulator: the script is no JSON object followed by ]]"))
+        return "script", {key: value for key, value in script.items() if key not in _QUEUED_ONLY}
     if control := _CONTROL.search(turn.text):
         name, params = control[1], {key: _value(text) for key, text in _PAIR.findall(control[2])}
         params = {key: value for key, value in params.items() if key not in _QUEUED_ONLY}
