@@ -51,6 +51,7 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import inspect
 import io
 import ipaddress
 import itertools
@@ -75,6 +76,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Container,
+    Coroutine,
     Generator,
     Iterable,
     Iterator,
@@ -157,6 +159,10 @@ _MAX_HOST_CHARS: Final = 253
 _MAX_REDIRECTS: Final = 5
 _DOWNLOAD_S: Final = 30.0
 _SNIFFED_BYTES: Final = 2_048
+_MAX_TOOL_NAME: Final = 64
+_CUT_MARK_CHARS: Final = 60
+_TOOL_QUEUE: Final = 50  # calls of one request that wait for a worker
+_CANCEL_S: Final = 1.0  # what a tool may take to end when it is told to
 _MEGABYTE: Final = 1024 * 1024
 _ENCODED_AT_ONCE: Final = 384 * 1024  # bytes, a multiple of 3: base64 of the pieces is that of the whole
 _REMOTE_FILE_MAX_SIZE_DEFAULT_MB: Final = 50
@@ -196,6 +202,7 @@ _MARKDOWN_IMAGE_RE: Final = re.compile(
 _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
 )
+_NOT_IN_TOOL_NAMES_RE: Final = re.compile(r"[^A-Za-z0-9_-]")
 _UUID_RE: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -309,6 +316,46 @@ class ToolCall(NamedTuple):
     def function(self) -> FunctionCall:
         """The function part, as chat clients know it."""
         return {"name": self.name, "arguments": self.arguments}
+
+
+class OfferedTool(NamedTuple):
+    """A tool that a model may call. `name` is what the model sees, `host_name` what others know it by."""
+
+    name: str
+    host_name: str
+
+
+class ToolResult(NamedTuple):
+    """What a call came to: `text` for the model, `images` (addresses or data URLs) for one that sees.
+
+    `files` and `embeds` are shown with the call, `sources` below the answer, all in the host's own form.
+    """
+
+    call: ToolCall
+    text: str
+    failed: bool = False
+    images: tuple[str, ...] = ()
+    files: tuple[Any, ...] = ()
+    embeds: tuple[Any, ...] = ()
+    sources: tuple[JSONObject, ...] = ()
+    remark: str = ""  # for the person
+
+    @property
+    def status(self) -> str:
+        """As an item has it."""
+        return "failed" if self.failed else "completed"
+
+
+class ToolLimits(NamedTuple):
+    """What the tools of a request may take. Times in seconds, `most_chars` of one result."""
+
+    at_once: int = 5
+    at_once_everywhere: int = 200
+    timeout_s: float = 60.0
+    batch_timeout_s: float = 120.0
+    most_chars: int = 100_000
+    failures: int = 5  # within the window: then a tool is left alone for as long
+    window_s: float = 60.0
 
 
 class ReasoningSpec(NamedTuple):
@@ -501,11 +548,18 @@ class RequestSettings(NamedTuple):
     """What valves and the kind of client decide about a request; empty texts are not sent.
 
     `effort` counts where the chat names none; `cache_ttl` is that of Anthropic's automatic caching.
+    Tools: `only_tools` are names that somebody can run (None: all), `available_tools` globs of names, `all`
+    for all; outputs stay whole for `retain_outputs` questions at least, 0: always.
     `keeps_media`: what a chat names by an address is kept in the host's files; `trusted_hosts` are names,
     or `name:port`, that an administrator vouches for; `webui_url` is where the host is reached.
     """
 
     offer_tools: bool = True
+    only_tools: frozenset[str] | None = None
+    available_tools: str = "all"
+    strict_tools: bool = False
+    most_tool_chars: int = 100_000
+    retain_outputs: int = 10
     is_task: bool = False
     effort: str = ""
     summary: str = "auto"
@@ -593,6 +647,18 @@ class Intake(NamedTuple):
     media: Mapping[MediaRef, MediaBlob] = types.MappingProxyType({})
 
 
+class HostCall(NamedTuple):
+    """What the host handed over with a request and wants back when its tools are run.
+
+    `tools` are its own tools by name; `metadata` is its picture of the request.
+    """
+
+    tools: Mapping[str, Any] = types.MappingProxyType({})
+    metadata: Mapping[str, Any] = types.MappingProxyType({})
+    request: Any = None  # the HTTP request that it answers
+    event_call: Callable[[JSONObject], Awaitable[Any]] | None = None  # asks the page
+
+
 class ChatContext(NamedTuple):
     """Which chat and message a request is of; empty where it is of none."""
 
@@ -622,7 +688,7 @@ class ChatRequest(NamedTuple):
     picked_model: str = ""  # as Open WebUI knows it; of a workspace model not the base
     files: ChatFiles = ChatFiles()
     user: Mapping[str, Any] = types.MappingProxyType({})
-    host_request: Any = None  # the HTTP request that the host answers
+    host: HostCall = HostCall()
     user_valves: Any = None
     event_emitter: HostEventEmitter | None = None
 
@@ -642,6 +708,44 @@ class _PipeJob:
         self.request_id = request_id
         self.task: asyncio.Task[None] | None = None
         self.ended_by: PipeError | None = None  # why the runtime cancelled it
+
+
+class _QueuedToolCall(NamedTuple):
+    """A call that waits for a worker; `deadline` by the clock of the event loop."""
+
+    call: ToolCall
+    deadline: float
+    results: asyncio.Queue[ToolResult]
+
+
+class _ToolExecutionContext:
+    """The tools of one request: a queue, and the workers on it."""
+
+    __slots__ = ("_repeats", "limits", "queue", "request", "workers")
+
+    def __init__(self, request: ChatRequest, limits: ToolLimits) -> None:
+        self.request = request
+        self.limits = limits
+        self.queue: asyncio.Queue[_QueuedToolCall] = asyncio.Queue(_TOOL_QUEUE)
+        self.workers: list[asyncio.Task[None]] = []
+        self._repeats: dict[tuple[str, str], int] = {}  # the last round's calls: in how many rounds on end
+
+    def note_round(self, calls: Iterable[ToolCall]) -> None:
+        """Count which calls the model makes again with the same arguments."""
+        made = {(call.name, call.arguments) for call in calls}
+        self._repeats = {key: self._repeats.get(key, 0) + 1 for key in made}
+
+    def remark_on(self, call: ToolCall) -> str:
+        """What the model is told of a call that it makes over and over."""
+        count = self._repeats.get((call.name, call.arguments), 0)
+        return _REPEATED.format(count) if count >= _MOST_REPEATS else ""
+
+
+_MOST_REPEATS: Final = 3
+_REPEATED: Final = (
+    "\n\n[This is the same call with the same arguments for the {}th time in a row. "
+    "Its result will not change: use it, or try something else.]"
+)
 
 
 # Emissions: what the pure core says has happened
@@ -707,6 +811,18 @@ class ToolRequested(NamedTuple):
     item: int = 0
 
 
+class ToolStarted(NamedTuple):
+    """A call is being run here."""
+
+    call: ToolCall
+
+
+class ToolFinished(NamedTuple):
+    """A call that was run here has its result."""
+
+    result: ToolResult
+
+
 class ServerToolProgress(NamedTuple):
     """A tool that OpenRouter or the provider runs itself has begun or finished."""
 
@@ -732,10 +848,14 @@ class UsageReported(NamedTuple):
 
 
 class TurnEnded(NamedTuple):
-    """An upstream call ended well. `reason` is set when the answer is not complete."""
+    """An upstream call ended well. `reason` is set when the answer is not complete.
+
+    `goes_on`: its calls are run here, and another upstream call follows.
+    """
 
     outcome: Literal["completed", "incomplete"]
     reason: str = ""
+    goes_on: bool = False
 
 
 class CarrierReady(NamedTuple):
@@ -761,6 +881,8 @@ Emission = (
     | CitationFound
     | Notice
     | ToolRequested
+    | ToolStarted
+    | ToolFinished
     | ServerToolProgress
     | MediaProduced
     | UsageReported
@@ -874,6 +996,18 @@ class OpenRouterAPIError(PipeError):
 
 class _RetryableHTTPStatusError(OpenRouterAPIError):
     """An error that another try may cure: 408, 429, 5xx, or `retryable` in the body."""
+
+
+class ToolError(PipeError):
+    """A call could not be run; the words are for the model. `by_model`: its own mistake, not the tool's."""
+
+    by_model = False
+
+
+class ToolInputError(ToolError):
+    """The model called something that is not there, or with arguments that do not fit."""
+
+    by_model = True
 
 
 class StorageError(PipeError):
@@ -1354,6 +1488,21 @@ def _unique_id(wanted: str, used: set[str]) -> str:
     return name
 
 
+def _safe_tool_name(name: str) -> str:
+    """A name that every provider takes: 64 letters, digits, _ and - at most."""
+    return _NOT_IN_TOOL_NAMES_RE.sub("_", name)[:_MAX_TOOL_NAME] or "tool"
+
+
+def _cut_text(text: str, most_chars: int) -> str:
+    """`text`, or its beginning and its end with a mark of what was left out between them."""
+    if len(text) <= most_chars:
+        return text
+    kept = max(0, most_chars - _CUT_MARK_CHARS)
+    head = kept * 2 // 3
+    mark = f"\n[… {len(text) - kept:,} characters left out …]\n"
+    return f"{text[:head]}{mark}{text[len(text) - (kept - head) :]}"
+
+
 def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
     """Leave the `most` entries that were added last."""
     while len(kept) > most:
@@ -1624,6 +1773,171 @@ def _host_file_id(address: str, webui_url: str = "") -> str:
     """The id in an address of one of Open WebUI's own files, else ""."""
     match = _HOST_FILE_RE.fullmatch(address.removeprefix(webui_url) if webui_url else address)
     return match[1] if match else ""
+
+
+# Schemas of arguments
+
+
+# what says something about a value, as OpenAI's strict mode knows it; and what it need not know
+_SAID_STRICTLY: Final = frozenset(
+    {
+        *("type", "enum", "const", "description", "pattern", "multipleOf", "minItems", "maxItems"),
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
+    }
+)
+_STRICT_KEYWORDS: Final = _SAID_STRICTLY | {
+    *("properties", "required", "additionalProperties", "items", "anyOf", "allOf", "nullable"),
+    *("$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "default", "format"),
+    *("examples", "example", "deprecated", "readOnly", "writeOnly"),
+}
+_MOST_PARTS: Final = 2_000
+
+
+class _NotStrictError(Exception):
+    """A schema that cannot be said strictly."""
+
+
+class _SchemaReader:
+    """Reads one schema of arguments, whose references lead into itself; gives up where there is no end."""
+
+    def __init__(self, root: Mapping[str, Any]) -> None:
+        self._root = root
+        self._left = _MOST_PARTS
+
+    def strict(self, part: Any, *, is_inner: bool = False) -> JSONObject:
+        """`part` as strict mode wants it. Raises _NotStrictError."""
+        if not isinstance(part, Mapping) or not _STRICT_KEYWORDS.issuperset(part):
+            raise _NotStrictError
+        if "$ref" in part or "allOf" in part:
+            return self.strict(self.merged(part), is_inner=is_inner)
+        self._count()
+        strict = {key: value for key, value in part.items() if key in _SAID_STRICTLY}
+        if "anyOf" in part:
+            if strict.keys() - {"description"} or "properties" in part or "items" in part:
+                raise _NotStrictError
+            strict["anyOf"] = [self.strict(option, is_inner=True) for option in _as_parts(part["anyOf"])]
+        elif "type" not in part and not strict.keys() & {"enum", "const"}:
+            raise _NotStrictError  # it may be anything
+        kinds = _kinds_of(part)
+        if "object" in kinds:
+            strict |= self._strict_object(part, is_inner)
+        if "array" in kinds:
+            strict["items"] = self.strict(part.get("items"), is_inner=True)
+        return _nullable(strict) if part.get("nullable") is True else strict
+
+    def _strict_object(self, part: Mapping[str, Any], is_inner: bool) -> JSONObject:
+        properties = part.get("properties", {} if "additionalProperties" in part or not is_inner else None)
+        if not isinstance(properties, Mapping) or part.get("additionalProperties") not in (None, False):
+            raise _NotStrictError  # any names may stand in it
+        required = part.get("required", [])
+        if not isinstance(required, list) or not all(name in properties for name in map(str, required)):
+            raise _NotStrictError
+        strict = {name: self.strict(inner, is_inner=True) for name, inner in properties.items()}
+        return {
+            "properties": {
+                name: inner if name in required else _nullable(inner) for name, inner in strict.items()
+            },
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+
+    def merged(self, part: Mapping[str, Any]) -> JSONObject:
+        """A schema with what it refers to, or is made of, in its place; the last description counts.
+
+        Raises:
+            _NotStrictError: it leads nowhere, has no end, or what it is made of contradicts itself.
+        """
+        self._count()
+        merged: JSONObject = {}
+        own = {key: value for key, value in part.items() if key not in ("$ref", "allOf")}
+        references = [self._referred(part["$ref"])] if "$ref" in part else []
+        wholes = _as_parts(part["allOf"]) if "allOf" in part else []
+        for piece in (*references, *wholes, own):
+            if not isinstance(piece, Mapping):
+                raise _NotStrictError
+            inner = self.merged(piece) if "$ref" in piece or "allOf" in piece else piece
+            for key, value in inner.items():
+                merged[key] = _joined(key, merged[key], value) if key in merged else value
+        return merged
+
+    def _count(self) -> None:
+        self._left -= 1
+        if self._left < 0:
+            raise _NotStrictError
+
+    def _referred(self, reference: Any) -> Any:
+        """What a reference within the schema leads to."""
+        found: Any = self._root
+        if not isinstance(reference, str) or not reference.startswith("#"):
+            raise _NotStrictError
+        for step in reference[2:].split("/") if len(reference) > 1 else ():
+            found = _mapping(found).get(step.replace("~1", "/").replace("~0", "~"))
+        return found
+
+    def without_nulls(self, arguments: Any, schema: Any) -> Any:
+        """Arguments without the nulls that stand for "not given", in every object of them."""
+        part = _mapping(schema)
+        if "$ref" in part or "allOf" in part:
+            with contextlib.suppress(_NotStrictError, RecursionError):
+                part = self.merged(part)
+        if isinstance(arguments, list):
+            return [self.without_nulls(entry, part.get("items")) for entry in arguments]
+        if not isinstance(arguments, dict):
+            return arguments
+        properties, required = _mapping(part.get("properties")), part.get("required") or ()
+        return {
+            name: self.without_nulls(value, properties.get(name))
+            for name, value in arguments.items()
+            if value is not None
+            or name in required
+            or name not in properties
+            or _takes_null(properties[name])
+        }
+
+
+def _as_parts(value: Any) -> list[Any]:
+    if not isinstance(value, list) or not value:
+        raise _NotStrictError
+    return value
+
+
+def _kinds_of(part: Mapping[str, Any]) -> list[Any]:
+    kind = part.get("type")
+    return kind if isinstance(kind, list) else [kind]
+
+
+def _nullable(strict: JSONObject) -> JSONObject:
+    """The same, or null."""
+    if _takes_null(strict):
+        return strict
+    if "anyOf" in strict:
+        return {**strict, "anyOf": [*strict["anyOf"], {"type": "null"}]}
+    if "enum" in strict or "const" in strict or "type" not in strict:
+        words = {key: strict[key] for key in ("description",) if key in strict}
+        bare = {key: value for key, value in strict.items() if key != "description"}
+        return {**words, "anyOf": [bare, {"type": "null"}]}
+    return {**strict, "type": [*_kinds_of(strict), "null"]}
+
+
+def _takes_null(schema: Any) -> bool:
+    """Whether null is a value of a schema in the strict form, or in that of JSON Schema or OpenAPI."""
+    part = _mapping(schema)
+    if part.get("nullable") is True or any(map(_takes_null, _objects(part.get("anyOf")))):
+        return True
+    if "enum" in part or "const" in part:
+        return None in (part["enum"] if isinstance(part.get("enum"), list) else [part.get("const", 0)])
+    return "null" in _kinds_of(part)
+
+
+def _joined(key: str, one: Any, other: Any) -> Any:
+    """A keyword of two schemas that both hold."""
+    if one == other or key in ("title", "description", "default", "examples"):
+        return other
+    if key == "properties" and not _mapping(one).keys() & _mapping(other).keys():
+        return {**_mapping(one), **_mapping(other)}
+    if key == "required" and isinstance(one, list) and isinstance(other, list):
+        return [*one, *(name for name in other if name not in one)]
+    raise _NotStrictError
 
 
 # ── 5. Session logging ───────────────────────────────────────────────────────
@@ -1952,7 +2266,60 @@ class _RequestValves(_StreamingValves):
     )
 
 
-class Valves(_RequestValves, _LenientModel):
+class _ToolValves(_RequestValves):
+    ENABLE_TOOLS: bool = Field(default=True, description="Offer tools to models that can call them.")
+    AVAILABLE_TOOLS: str = Field(
+        default="all", description="Which: all, or a comma list of names, * allowed (get_*, search_web)."
+    )
+    TOOL_EXECUTION_MODE: Literal["auto", "pipe", "open_webui"] = Field(
+        default="auto",
+        description=(
+            "Who runs what a model calls: this function, several at once, except for what needs Open WebUI "
+            "(auto); the same, and tools of the browser too (pipe); Open WebUI, one after another."
+        ),
+    )
+    STRICT_TOOL_SCHEMAS: bool = Field(
+        default=False, description="Make models keep to the schema of a tool, where it can be said strictly."
+    )
+    MAX_FUNCTION_CALL_LOOPS: int = Field(
+        default=25, ge=1, le=200, description="Rounds of tools in one answer; then the model has to answer."
+    )
+    MAX_PARALLEL_TOOLS_GLOBAL: int = Field(
+        default=200, ge=1, le=2000, description="Tools that run at the same time, of all answers."
+    )
+    MAX_PARALLEL_TOOLS_PER_REQUEST: int = Field(
+        default=5, ge=1, le=50, description="Tools that run at the same time, of one answer."
+    )
+    TOOL_TIMEOUT_SECONDS: int = Field(
+        default=60, ge=1, le=3600, description="What one call may take, in seconds."
+    )
+    TOOL_BATCH_TIMEOUT_SECONDS: int = Field(
+        default=120, ge=1, le=3600, description="What all calls of one round may take together, in seconds."
+    )
+    TOOL_BREAKER_FAILURES: int = Field(
+        default=5, ge=1, le=100, description="After so many failures within the window a tool is left alone."
+    )
+    TOOL_BREAKER_WINDOW_SECONDS: int = Field(
+        default=60,
+        ge=1,
+        le=3600,
+        description="The window, in seconds; for so long a tool is left alone, too.",
+    )
+    MAX_TOOL_OUTPUT_CHARS: int = Field(
+        default=100_000,
+        ge=1000,
+        le=2_000_000,
+        description="What a model gets of one result, in characters; the middle of more is left out.",
+    )
+    TOOL_OUTPUT_RETENTION_TURNS: int = Field(
+        default=10,
+        ge=0,
+        le=1000,
+        description="For so many questions results stay whole, then they are shortened; 0 = for ever.",
+    )
+
+
+class Valves(_ToolValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
 
@@ -1981,6 +2348,9 @@ class UserValves(_LenientModel):
         default="inherit",
         description="Give the model its earlier thinking back: never, or for one reply only.",
     )
+    ENABLE_TOOLS: Literal["inherit", "off"] = Field(
+        default="inherit", description="Offer no tools to models."
+    )
     SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
         default="inherit", description="Show the model's reasoning."
     )
@@ -1990,7 +2360,7 @@ class UserValves(_LenientModel):
 
 
 _SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
-_SWITCH_VALVES: Final = frozenset({"SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS"})
+_SWITCH_VALVES: Final = frozenset({"ENABLE_TOOLS", "SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS"})
 
 
 def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
@@ -2067,7 +2437,11 @@ def _request_settings(
     is_task = request.is_task
     caches = valves.PROMPT_CACHING == "auto" and spec.vendor == "anthropic" and not is_task
     return RequestSettings(
-        offer_tools=offer_tools,
+        offer_tools=offer_tools and valves.ENABLE_TOOLS,
+        available_tools=valves.AVAILABLE_TOOLS,
+        strict_tools=valves.STRICT_TOOL_SCHEMAS,
+        most_tool_chars=valves.MAX_TOOL_OUTPUT_CHARS,
+        retain_outputs=valves.TOOL_OUTPUT_RETENTION_TURNS,
         is_task=is_task,
         effort=valves.REASONING_EFFORT,
         summary=valves.REASONING_SUMMARY,
@@ -2088,6 +2462,18 @@ def _request_settings(
         trusted_hosts=frozenset(filter(None, map(str.strip, valves.ALLOW_HTTP_HOSTS.split(",")))),
         webui_url=env.webui_url,
         pdf_engine="" if valves.PDF_ENGINE == "auto" else valves.PDF_ENGINE,
+    )
+
+
+def _tool_limits(valves: Valves) -> ToolLimits:
+    return ToolLimits(
+        at_once=valves.MAX_PARALLEL_TOOLS_PER_REQUEST,
+        at_once_everywhere=valves.MAX_PARALLEL_TOOLS_GLOBAL,
+        timeout_s=float(valves.TOOL_TIMEOUT_SECONDS),
+        batch_timeout_s=float(valves.TOOL_BATCH_TIMEOUT_SECONDS),
+        most_chars=valves.MAX_TOOL_OUTPUT_CHARS,
+        failures=valves.TOOL_BREAKER_FAILURES,
+        window_s=float(valves.TOOL_BREAKER_WINDOW_SECONDS),
     )
 
 
@@ -2303,11 +2689,45 @@ class OpenWebUIHost:
             return {}
         texts = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
         headers = _user_headers(
-            include_user_info_headers, types.SimpleNamespace(**texts), request.host_request
+            include_user_info_headers, types.SimpleNamespace(**texts), request.host.request
         )
         if request.chat_id:
             headers[host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID] = request.chat_id
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
+
+    async def call_tool(
+        self, tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall
+    ) -> Any:
+        """Run one of the host's tools; the result is whatever it gives back.
+
+        Raises:
+            Exception: whatever the tool raises.
+        """
+        if tool.get("direct"):
+            return await _call_in_page(tool, name, arguments, call)
+        run = tool["callable"]
+        if self.version is not None:
+            from open_webui.utils.tools import (  # pyright: ignore[reportMissingImports]  # host only
+                get_updated_tool_function,
+            )
+
+            bound = {"__files__": call.metadata.get("files") or []}
+            run = await get_updated_tool_function(function=run, extra_params=bound)
+        if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
+            return await run(**arguments)
+        return await asyncio.to_thread(_run_to_its_end, run, arguments)
+
+    async def tool_result(
+        self, call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
+    ) -> ToolResult:
+        """What a tool gave back, as the host itself would show and send it.
+
+        Raises:
+            Exception: it is nothing that the host can read.
+        """
+        if self.version is None or host.request is None:
+            return _plain_result(call, result)
+        return await _processed_result(call, tool, arguments, result, host)
 
     def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
         """A stream for an API client, sent as it is.
@@ -2509,6 +2929,119 @@ async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozense
             found.append((_text(message.get("content")), ids))
         question_id = _text(message.get("parentId"))
     return found[::-1]
+
+
+async def _call_in_page(tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall) -> Any:
+    """Have a tool server of the browser's called by the page."""
+    if call.event_call is None:
+        raise ToolError("No browser is connected that could run this tool")
+    data = {"id": str(uuid.uuid4()), "name": name, "params": arguments, "server": tool.get("server") or {}}
+    data["session_id"] = call.metadata.get("session_id")
+    return await call.event_call({"type": "execute:tool", "data": data})
+
+
+def _run_to_its_end(run: Callable[..., Any], arguments: JSONObject) -> Any:
+    """Call a function that waits for nothing; the coroutine that the host wraps it in is driven here."""
+    result = run(**arguments)
+    if not inspect.iscoroutine(result):
+        return result
+    try:
+        result.send(None)
+    except StopIteration as done:
+        return done.value
+    result.close()
+    raise ToolError("This tool waits for something although it is not asynchronous")
+
+
+def _plain_result(call: ToolCall, result: Any) -> ToolResult:
+    """A result as text, where no host is there to read it."""
+    if result is None:
+        return ToolResult(call, _NO_OUTPUT)
+    if isinstance(result, str):
+        return ToolResult(call, result)
+    return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str))
+
+
+_NO_OUTPUT: Final = "(The tool gave no output.)"
+
+
+async def _processed_result(
+    call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
+) -> ToolResult:
+    from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.utils import middleware  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.utils.middleware import (  # pyright: ignore[reportMissingImports]  # host only
+        _is_tool_result_error,
+    )
+
+    user = await Users.get_user_by_id(_text(host.metadata.get("user_id")))
+    metadata = dict(host.metadata)
+    shown = middleware.build_terminal_file_tool_result(call.name, arguments, result, tool, metadata)
+    kind, is_direct = _text(tool.get("type")), bool(tool.get("direct"))
+    text, files, embeds = await middleware.process_tool_result(
+        host.request, call.name, shown or result, kind, is_direct, metadata, user
+    )
+    text = _NO_OUTPUT if text is None else str(text)
+    emitter = await _event_emitter(metadata)
+    await middleware.terminal_event_handler(call.name, arguments, text, emitter)
+    images: list[str] = []
+    displayed: list[Any] = []
+    for file in _objects(files):
+        url = _text(file.get("url"))
+        if file.get("type") == "image" and url.startswith("data:"):
+            url = await _stored_picture(middleware, host, metadata, url, user)
+            file = {**file, "url": url}
+        if file.get("type") == "image" and url:
+            images.append(url)
+        if not url.startswith("data:"):
+            displayed.append(dict(file))
+    sources = _tool_sources(middleware, call, tool, arguments, text, metadata)
+    failed = bool(_is_tool_result_error(text))
+    return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
+
+
+async def _event_emitter(metadata: JSONObject) -> Any:
+    from open_webui.socket.main import get_event_emitter  # pyright: ignore[reportMissingImports]  # host only
+
+    async def nobody(event: Any) -> None:
+        """Take an event that no page waits for."""
+
+    return await get_event_emitter(metadata) or nobody
+
+
+async def _stored_picture(middleware: Any, host: HostCall, metadata: JSONObject, url: str, user: Any) -> str:
+    """The address of a picture kept as a file; the picture itself where the host keeps none."""
+    store = getattr(middleware, "store_tool_result_image", None)
+    return url if store is None else await store(host.request, url, metadata, user)
+
+
+# 0.12 names them in CITATION_TOOL_NAMES
+_CITED_TOOLS: Final = (
+    "fetch_url",
+    "view_file",
+    "view_knowledge_file",
+    "query_knowledge_files",
+    "query_chat_files",
+)
+
+
+def _tool_sources(
+    middleware: Any,
+    call: ToolCall,
+    tool: Mapping[str, Any],
+    arguments: JSONObject,
+    text: str,
+    metadata: Mapping[str, Any],
+) -> tuple[JSONObject, ...]:
+    """The sources that a result names, where the host shows those."""
+    info = _mapping(_mapping(metadata.get("model")).get("info"))
+    may_cite = _mapping(_mapping(info.get("meta")).get("capabilities")).get("citations") is not False
+    if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED_TOOLS):
+        return ()
+    found = middleware.get_citation_source_from_tool_result(
+        tool_name=call.name, tool_params=arguments, tool_result=text, tool_id=_text(tool.get("tool_id"))
+    )
+    return tuple(dict(source) for source in _objects(found))
 
 
 def _user_headers(include: Callable[..., dict[str, str]], user: Any, request: Any) -> dict[str, str]:
@@ -3650,15 +4183,8 @@ class _History:
     """The items of a history while it is translated, and what had to be left out."""
 
     __slots__ = (
-        "_media",
-        "_refused",
-        "_used_ids",
-        "instructions",
-        "items",
-        "left_out",
-        "pictures",
-        "settings",
-        "shown",
+        *("_media", "_refused", "_used_ids", "instructions", "items", "left_out"),
+        *("most_output_chars", "pictures", "settings", "shown"),
     )
 
     def __init__(self, settings: RequestSettings, intake: Intake = _NOTHING_TAKEN_IN) -> None:
@@ -3666,6 +4192,7 @@ class _History:
         self.instructions = ""
         self.items: list[JSONObject] = []
         self.left_out: dict[str, int] = {}
+        self.most_output_chars = settings.most_tool_chars
         self.pictures = 0
         self.shown: list[JSONObject] = []  # pictures of answers, which go with the next question
         self._media = intake.media
@@ -3747,17 +4274,21 @@ def _transform_messages_to_input(
     records = dict(intake.records)  # each is used once: it stands for one call
     replay_from = _replay_from(rest, settings.replay) if spec.reasons else len(rest)
     shown = _pictures_of_answers(rest, spec, settings)
+    whole_from = _whole_from(rest, settings.retain_outputs)
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
         if position in shown:
             history.shown += _shown_parts(shown[position], intake, settings)
         if role == "tool":
+            is_old = position < whole_from
+            history.most_output_chars = _RETAINED_CHARS if is_old else settings.most_tool_chars
             _add_tool_output(history, message, open_calls)
             continue
         build = _ROLE_BUILDERS.get(role)
         if build is None:
             history.leave_out("role")
             continue
+        _sort_outputs(history.items)
         calls = _answered_calls(history, message, rest, position + 1) if message.get("tool_calls") else []
         is_recorded = role == "assistant" and position >= replay_from and message.get("reasoning_details")
         entries = _entries_of(message, records, intake) if is_recorded else []
@@ -3770,8 +4301,19 @@ def _transform_messages_to_input(
         if calls:
             open_calls = {call.call_id: sent for call, sent in calls}
             history.items += [_call_item(call, sent) for call, sent in calls]
+    _sort_outputs(history.items)
     _keep_latest_images(history)
     return history
+
+
+def _sort_outputs(items: list[JSONObject]) -> None:
+    """Bring the outputs at the end into the order of their calls, whichever tool was ready first."""
+    start = len(items)
+    while start and items[start - 1]["type"] == "function_call_output":
+        start -= 1
+    if len(items) - start > 1:
+        calls = {item["call_id"]: place for place, item in enumerate(items[:start]) if "call_id" in item}
+        items[start:] = sorted(items[start:], key=lambda item: calls.get(item["call_id"], 0))
 
 
 def _keep_latest_images(history: _History) -> None:
@@ -3799,8 +4341,41 @@ def _replay_from(messages: Sequence[Mapping[str, Any]], replay: str) -> int:
     """The place from which on the model gets its reasoning back; `next_reply`: that of the last reply."""
     if replay == "off":
         return len(messages)
-    asked = [number for number, message in enumerate(messages) if message.get("role") == "user"]
-    return asked[-2] if replay == "next_reply" and len(asked) > 1 else 0
+    asked = _questions_in(messages) if replay == "next_reply" else []
+    return asked[-2] if len(asked) > 1 else 0
+
+
+def _questions_in(messages: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The places of what people have asked; the host hands pictures of tools over as if they had."""
+    return [
+        place
+        for place, message in enumerate(messages)
+        if message.get("role") == "user" and not _is_of_tools(message.get("content"))
+    ]
+
+
+def _is_of_tools(content: Any) -> bool:
+    return isinstance(content, list) and _mapping(next(iter(content), None)).get("text") == _TOOL_PICTURES
+
+
+# as Open WebUI puts it
+_TOOL_PICTURES: Final = "Here are the images from the tool results above. Please analyze them."
+
+
+def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
+    """The place from which on outputs of tools stay whole, for `turns` questions at least; 0 turns: always.
+
+    It moves in steps: with each move the rest of the chat has to be read anew by a provider's cache.
+    """
+    if not turns or not any(message.get("role") == "tool" for message in messages):
+        return 0
+    asked = _questions_in(messages)
+    step = max(1, turns // 2)
+    old = (len(asked) - turns) // step * step
+    return asked[old] if old > 0 else 0
+
+
+_RETAINED_CHARS: Final = 1_000
 
 
 def _extract_system_prompt(
@@ -3942,7 +4517,8 @@ def _answered_calls(
 
 
 def _call_item(call: ToolCall, sent_id: str) -> JSONObject:
-    return {"type": "function_call", "call_id": sent_id, **call.function()}
+    name = _safe_tool_name(call.name)
+    return {"type": "function_call", "call_id": sent_id, "name": name, "arguments": call.arguments}
 
 
 def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: dict[str, str]) -> None:
@@ -3951,7 +4527,11 @@ def _add_tool_output(history: _History, message: Mapping[str, Any], open_calls: 
         history.leave_out("output without call")
         return
     output = _plain_text(message.get("content"))
-    history.items.append({"type": "function_call_output", "call_id": call_id, "output": output})
+    history.items.append(_output_item(call_id, _cut_text(output, history.most_output_chars)))
+
+
+def _output_item(call_id: str, output: str) -> JSONObject:
+    return {"type": "function_call_output", "call_id": call_id, "output": output}
 
 
 # Reasoning that goes back to the model as it came
@@ -3975,10 +4555,12 @@ class TurnRecord:
     An entry is `{"reasoning": item}`, `{"message": digest, "chars": n, "phase": word}` or `{"call": id}`.
     """
 
-    __slots__ = ("_entries",)
+    __slots__ = ("_calls", "_entries", "_texts")
 
     def __init__(self) -> None:
         self._entries: dict[int, JSONObject] = {}
+        self._texts: dict[int, str] = {}
+        self._calls: dict[int, ToolCall] = {}
 
     def note(self, emission: Emission) -> None:
         """Remember what belongs into the record; anything else is passed over."""
@@ -3986,9 +4568,11 @@ class TurnRecord:
             self._entries.clear()  # the try has failed, another one comes
         elif isinstance(emission, ToolRequested):
             self._entries[emission.item] = {"call": emission.call.call_id}
+            self._calls[emission.item] = emission.call
         elif isinstance(emission, ItemClosed):
             if emission.kind == "message":
-                self._entries[emission.item] = _message_entry(emission.payload)
+                text = self._texts[emission.item] = _said_in(emission.payload)
+                self._entries[emission.item] = _message_entry(text, emission.payload.get("phase"))
             elif items := _replayable(emission.payload):
                 self._entries[emission.item] = {"reasoning": items[0]} if len(items) == 1 else {"all": items}
 
@@ -4001,13 +4585,34 @@ class TurnRecord:
         """The entries in the order of the output."""
         return [self._entries[number] for number in sorted(self._entries)]
 
+    @property
+    def calls(self) -> list[ToolCall]:
+        """The calls as the model wrote them, whichever was finished first."""
+        return [self._calls[number] for number in sorted(self._calls) if number in self._entries]
 
-def _message_entry(payload: Mapping[str, Any]) -> JSONObject:
+    def input_items(self) -> list[JSONObject]:
+        """The output as the next upstream call gets it, and as a later turn will replay it."""
+        history = _History(_PLAIN_SETTINGS)
+        for number in sorted(self._entries):
+            entry = self._entries[number]
+            if "call" in entry:
+                call = self._calls[number]
+                history.items.append(_call_item(call, call.call_id))
+            elif "message" in entry:
+                _add_answer(history, self._texts[number], _text(entry.get("phase")))
+            else:
+                history.items += _reasoning_of(entry)
+        return history.items
+
+
+def _said_in(payload: Mapping[str, Any]) -> str:
+    """The text of a message item; Open WebUI takes the spaces around an answer away."""
     parts = _objects(payload.get("content"))
-    text = _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))
-    text = text.strip()  # Open WebUI takes the spaces around an answer away
+    return _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts)).strip()
+
+
+def _message_entry(text: str, phase: Any) -> JSONObject:
     entry: JSONObject = {"message": _digest(text), "chars": len(text)}
-    phase = payload.get("phase")
     return {**entry, "phase": phase} if isinstance(phase, str) and phase else entry
 
 
@@ -4731,6 +5336,7 @@ class ResponsesBody(NamedTuple):
     payload: JSONObject
     notices: tuple[str, ...] = ()
     left_out: Mapping[str, int] = types.MappingProxyType({})
+    tools: tuple[OfferedTool, ...] = ()
 
     @classmethod
     def from_completions(
@@ -4752,11 +5358,11 @@ class ResponsesBody(NamedTuple):
         parameters = dict(body.parameters)
         if instructions := _with_own_prompt(history.instructions, parameters):
             payload["instructions"] = instructions
-        tools = _to_response_tools(body.tools) if settings.offer_tools else []
-        if tools and not spec.takes_tools:
-            history.left_out["tool"], tools = len(tools), []
-        if tools:
-            payload["tools"] = tools
+        offered = _to_response_tools(body.tools, settings) if settings.offer_tools else {}
+        if offered and not spec.takes_tools:
+            history.left_out["tool"], offered = len(offered), {}
+        if offered:
+            payload["tools"] = list(offered.values())
         else:
             parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
         _set_parameters(payload, parameters)
@@ -4765,7 +5371,7 @@ class ResponsesBody(NamedTuple):
         _set_identity(payload, settings)
         if settings.whole_output and spec.max_output:
             payload.setdefault("max_output_tokens", spec.max_output)
-        return cls(payload, history.notices(), history.left_out)
+        return cls(payload, history.notices(), history.left_out, tuple(offered))
 
 
 _NOT_PARAMETERS: Final = frozenset({"model", "messages", "tools", "stream", "stream_options"})
@@ -5178,19 +5784,72 @@ def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
         payload.setdefault("cache_control", {"type": "ephemeral", **longer})
 
 
-def _to_response_tools(tools: Sequence[Mapping[str, Any]]) -> list[JSONObject]:
-    """Chat's nested function tools as the flat ones of `/responses` (reference §5)."""
-    flat: list[JSONObject] = []
+def _to_response_tools(
+    tools: Sequence[Mapping[str, Any]], settings: RequestSettings
+) -> dict[OfferedTool, JSONObject]:
+    """Chat's nested function tools that may be offered, each as a flat one of `/responses` (reference §5).
+
+    Of two with one name the first is offered, because only one of them can be called by it.
+    """
+    flat: dict[OfferedTool, JSONObject] = {}
+    used: set[str] = set()
+    seen: set[str] = set()
     for tool in tools:
         function = _mapping(tool.get("function"))
-        if tool.get("type") != "function" or not function.get("name"):
+        host_name = _text(function.get("name"))
+        if (
+            tool.get("type") != "function"
+            or not host_name
+            or host_name in seen
+            or not _may_offer(host_name, settings)
+        ):
             continue
-        parameters = function.get("parameters") or {"type": "object", "properties": {}}
-        entry = {"type": "function", "name": function["name"], "parameters": parameters}
+        seen.add(host_name)
+        name = _unique_tool_name(host_name, used)
+        schema = _mapping(function.get("parameters")) or _NO_PARAMETERS
+        entry: JSONObject = {"type": "function", "name": name, "parameters": schema}
         if function.get("description"):
             entry["description"] = function["description"]
-        flat.append(entry)
+        strict = _strictify_schema(schema) if settings.strict_tools else None
+        if strict is not None:
+            entry |= {"parameters": strict, "strict": True}
+        flat[OfferedTool(name, host_name)] = entry
     return flat
+
+
+_NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
+
+
+def _may_offer(host_name: str, settings: RequestSettings) -> bool:
+    is_chosen = settings.available_tools.strip() in ("all", "") or _matches_any(
+        host_name, settings.available_tools
+    )
+    return is_chosen and (settings.only_tools is None or host_name in settings.only_tools)
+
+
+def _unique_tool_name(host_name: str, used: set[str]) -> str:
+    name = _safe_tool_name(host_name)
+    while name in used:
+        end = f"_{len(used)}"
+        name = name[: _MAX_TOOL_NAME - len(end)] + end
+    used.add(name)
+    return name
+
+
+# Schemas that a model must keep to
+
+
+def _strictify_schema(schema: Mapping[str, Any]) -> JSONObject | None:
+    """The same for a strict tool: every property required, nothing besides; None where that cannot be said.
+
+    What was optional may be null; `_without_nulls_of` takes such nulls away again. What is valid for the
+    result is then valid for `schema`. Source: OpenAI's guide to structured outputs.
+    """
+    try:
+        strict = _SchemaReader(schema).strict(schema)
+    except (_NotStrictError, RecursionError):
+        return None
+    return strict if strict.get("type") == "object" else None
 
 
 # The same request for /chat/completions (reference §13)
@@ -6832,6 +7491,7 @@ class _Writer:
 
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {}
     TAKES_CALLS: ClassVar[bool] = True  # somebody runs the calls that are written
+    SHOWS_CALLS: ClassVar[bool] = True  # while they run
 
     def write(self, emission: Emission) -> Iterable[Entry]:
         """The entries that one emission becomes; none for what this client has no place for."""
@@ -6857,7 +7517,8 @@ class _BrowserWriter(_Writer):
         self._closed: dict[int, JSONObject] = {}  # the ends of reasoning items, by the same
         self._next_index = 0
         self._calls: list[ToolRequested] = []
-        self._call_ids: set[str] = set()
+        self._written_calls: dict[str, tuple[int, JSONObject]] = {}  # call id -> (its index, the item)
+        self._running: list[ToolCall] = []
         self._usage: JSONObject | None = None
 
     def _start(self, number: int, kind: str, entries: list[Entry]) -> _OpenItem:
@@ -6941,12 +7602,45 @@ class _BrowserWriter(_Writer):
         for call in _in_order(self._calls) if ended.outcome == "completed" else ():
             entries += self._call_events(call)
         self._calls.clear()
+        self._closed.clear()
         return [*entries, *self._usage_event(always=True)]
+
+    def _write_started(self, started: ToolStarted) -> list[Entry]:
+        """From here on the call is ours to answer, whatever comes."""
+        self._running.append(started.call)
+        return []
+
+    def _write_finished(self, finished: ToolFinished) -> list[Entry]:
+        result = finished.result
+        self._running = [call for call in self._running if call.call_id != result.call.call_id]
+        return self._output_events(result)
+
+    def _output_events(self, result: ToolResult) -> list[Entry]:
+        """The end of a call's card, then its output: only `done`, because older hosts mix the two up."""
+        index, item = self._written_calls[result.call.call_id]
+        done = {"type": "response.output_item.done", "output_index": index}
+        ended = [{**done, "item": {**item, "status": "failed"}}] if result.failed else []
+        pictures = [{"type": "input_image", "image_url": url} for url in result.images]
+        output: JSONObject = {
+            "type": "function_call_output",
+            "id": _new_item_id("fco"),
+            "call_id": result.call.call_id,
+            "output": [{"type": "input_text", "text": _whole_text(result.text)}, *pictures],
+            "status": result.status,
+        }
+        output |= {"files": list(result.files)} if result.files else {}
+        output |= {"embeds": list(result.embeds)} if result.embeds else {}
+        entries: list[Entry] = [*ended, {**done, "output_index": self._next_index, "item": output}]
+        self._next_index += 1
+        return entries
 
     def _write_failure(self, failed: Failed) -> list[Entry]:
         self._calls.clear()
-        entries = [*self._close_all("incomplete"), *self._usage_event(always=False)]
-        return [*entries, {"error": {"message": failed.error.user_message}}]
+        entries = self._close_all("incomplete")
+        for call in self._running:
+            entries += self._output_events(ToolResult(call, _NOT_FINISHED, failed=True))
+        self._running.clear()
+        return [*entries, *self._usage_event(always=False), {"error": {"message": failed.error.user_message}}]
 
     def _close_all(self, status: str) -> list[Entry]:
         entries = [entry for item in self._open.values() for entry in self._close(item, status)]
@@ -6954,11 +7648,10 @@ class _BrowserWriter(_Writer):
         return entries
 
     def _call_events(self, call: ToolCall) -> list[Entry]:
-        call_id = _unique_id(call.call_id, self._call_ids)
-        function = call.function()
-        item = {"type": "function_call", "id": _new_item_id("fc"), "call_id": call_id, **function}
+        item = {"type": "function_call", "id": _new_item_id("fc"), "call_id": call.call_id, **call.function()}
         index = self._next_index
         self._next_index += 1
+        self._written_calls[call.call_id] = (index, item)
         return [
             {
                 "type": f"response.output_item.{what}",
@@ -6981,6 +7674,8 @@ class _BrowserWriter(_Writer):
         ReasoningDelta: _write_reasoning,
         ItemClosed: _write_closed,
         ToolRequested: _keep_call,
+        ToolStarted: _write_started,
+        ToolFinished: _write_finished,
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
         CarrierReady: _write_carrier,
@@ -6988,6 +7683,7 @@ class _BrowserWriter(_Writer):
     }
 
 
+_NOT_FINISHED: Final = "Error: the answer ended before this call had finished."
 # type of an item -> (prefix of its id, its delta event, key of the part's number)
 _HOST_ITEMS: Final[dict[str, tuple[str, str, str]]] = {
     "message": ("msg", "response.output_text.delta", "content_index"),
@@ -7012,6 +7708,7 @@ class _BrowserJSONWriter(_BrowserWriter):
     """The same items at once, for a chat whose streaming is switched off. The host runs no calls there."""
 
     TAKES_CALLS: ClassVar[bool] = False
+    SHOWS_CALLS: ClassVar[bool] = False
 
     def __init__(self, clock: Callable[[], float], show_thinking: bool) -> None:
         super().__init__(clock, show_thinking)
@@ -7129,6 +7826,10 @@ class _ChunkWriter(_Writer):
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
         calls = _in_order(self._calls) if ended.outcome == "completed" else []
         entries = [entry for item in self._open.values() for entry in item.say_rest()]
+        if ended.goes_on:  # the pipe runs the calls; the client sees one answer
+            self._open.clear()
+            self._calls = []
+            return entries
         if calls:
             tool_calls = [
                 {"index": index, "id": call.call_id, "type": "function", "function": call.function()}
@@ -7284,8 +7985,8 @@ class Emitter:
         self._outlet = outlet
         self._emit = emit
         self._clock = clock
-        self._first_at: float | None = None  # when the model began to write
-        self._ended_at: float | None = None  # when it had written
+        self._first_at: float | None = None  # when the model began to write, in this upstream call
+        self._writing_s = 0.0  # for how long it wrote in those that have ended
         self._page = page
         self._cited: set[str] = set()
         self._warnings: list[str] = []
@@ -7362,6 +8063,17 @@ class Emitter:
             StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
         )
 
+    async def _emit_tool_prompt(self, started: ToolStarted) -> None:
+        """What is being run, where no card shows it."""
+        if not self._writer.SHOWS_CALLS:
+            await self._emit_status(StatusUpdate(f"Running {started.call.name}"))
+
+    async def _emit_tool_sources(self, finished: ToolFinished) -> None:
+        if not self._writer.SHOWS_CALLS:
+            await self._emit_status(StatusUpdate(f"Ran {finished.result.call.name}", done=True, hidden=True))
+        for source in finished.result.sources:
+            await self._emit({"type": "source", "data": source})
+
     async def _emit_media(self, media: MediaProduced) -> None:
         await self._emit_notification(
             Notice("The model made a picture; this version cannot show pictures yet.")
@@ -7371,11 +8083,15 @@ class Emitter:
         self._usage = _merge_usage_stats(self._usage, reported.usage)
 
     async def _note_end(self, ended: TurnEnded) -> None:
-        self._ended_at = self._clock()
+        if self._first_at is not None:
+            self._writing_s += self._clock() - self._first_at
+            self._first_at = None
         if ended.outcome == "incomplete":
             self._warnings.append(_INCOMPLETE_WORDS.get(ended.reason, "The answer is not complete"))
-        elif self._empty:
+        elif self._empty and not ended.goes_on:
             self._warnings.append("The model sent an empty answer")
+        if ended.goes_on:  # what was written so far led to calls; an answer comes only now
+            self._empty = True
 
     async def _emit_templated_error(self, failed: Failed) -> None:
         """Say it in the administrator's words where there are some; the answer gets it after this."""
@@ -7396,8 +8112,7 @@ class Emitter:
 
     async def _emit_completion(self, elapsed_s: float, show_usage: bool, spent_before: float) -> None:
         """The last status: what the person must know, and what the answer took."""
-        began, ended = self._first_at, self._ended_at
-        writing_s = 0.0 if began is None else (self._clock() if ended is None else ended) - began
+        writing_s = self._writing_s + (0.0 if self._first_at is None else self._clock() - self._first_at)
         parts = list(self._warnings)
         if show_usage:
             parts += _usage_words(self._usage, elapsed_s, writing_s, spent_before)
@@ -7423,6 +8138,8 @@ class Emitter:
         CitationFound: _emit_citation,
         Notice: _emit_notification,
         ServerToolProgress: _emit_progress,
+        ToolStarted: _emit_tool_prompt,
+        ToolFinished: _emit_tool_sources,
         MediaProduced: _emit_media,
         UsageReported: _count_usage,
         TurnEnded: _note_end,
@@ -7799,8 +8516,299 @@ _GONE_S: Final = 600.0
 
 
 # ── 17. Tool orchestrator ────────────────────────────────────────────────────
-# (empty)
-# Will hold: the pipe's own parallel tool runs. Until then Open WebUI runs the tools.
+# Runs what a model calls: in parallel, within bounds, each call once.
+# Promise: every call gets a result, whatever happens to it; no tool outlives its request by more than a
+# second, but for threads, which nobody can stop.
+# Doc: docs/tooling_and_integrations.md   Tests: tests/test_tool_orchestrator.py
+
+# Open WebUI has to run these itself: it waits for a person, or takes them apart.
+_HOST_ONLY_TOOLS: Final = frozenset({"builtin:ask_user", "builtin:delegate_task", "builtin:call_tool"})
+
+
+def _runs_here(tool: Any, mode: str) -> bool:
+    """Whether the pipe can run one of the host's tools, by the valve `TOOL_EXECUTION_MODE`."""
+    entry = _mapping(tool)
+    if mode == "open_webui" or entry.get("tool_id") in _HOST_ONLY_TOOLS:
+        return False
+    return callable(entry.get("callable")) or (mode == "pipe" and entry.get("direct") is True)
+
+
+class CircuitBreaker:
+    """Leaves a tool of a person alone for a while when it has failed again and again.
+
+    `clock` gives seconds that only grow. After the while one call may try; its end decides.
+    """
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._failures: dict[tuple[str, str], deque[float]] = {}
+        self._open_until: dict[tuple[str, str], float] = {}
+
+    def allow(self, user_id: str, tool: str, limits: ToolLimits) -> bool:
+        """Whether the tool may be called now; if it is open, this is the one call that tries."""
+        key, now = (user_id, tool), self._clock()
+        until = self._open_until.get(key)
+        if until is None:
+            return True
+        if now < until:
+            return False
+        self._open_until[key] = now + limits.window_s  # others wait for the end of this one
+        return True
+
+    def record(self, user_id: str, tool: str, limits: ToolLimits, *, failed: bool) -> bool:
+        """Note the end of a call. Returns whether the tool is left alone from now on."""
+        key, now = (user_id, tool), self._clock()
+        if not failed:
+            self._failures.pop(key, None)
+            self._open_until.pop(key, None)
+            return False
+        if key not in self._failures:
+            _drop_oldest(self._failures, _MOST_WATCHED)
+        times = self._failures.setdefault(key, deque())
+        times.append(now)
+        while times and times[0] <= now - limits.window_s:
+            times.popleft()
+        was_open = key in self._open_until
+        if was_open or len(times) >= limits.failures:
+            _drop_oldest(self._open_until, _MOST_WATCHED)
+            self._open_until[key] = now + limits.window_s
+            return not was_open
+        return False
+
+
+_MOST_WATCHED: Final = 10_000
+
+
+class _Turnstile:
+    """Lets so many in at a time, first come first served; each says how many it may be."""
+
+    def __init__(self) -> None:
+        self.inside = 0
+        self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
+
+    @contextlib.asynccontextmanager
+    async def pass_through(self, most: int) -> AsyncGenerator[None, None]:
+        """Wait for room for one more among `most`, and hold it."""
+        if self._waiting or self.inside >= most:
+            turn = asyncio.get_running_loop().create_future()
+            self._waiting.append((most, turn))
+            try:
+                await turn
+            except asyncio.CancelledError:
+                if turn.done() and not turn.cancelled():
+                    self._leave()
+                raise
+        else:
+            self.inside += 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        self.inside -= 1
+        while self._waiting and (self._waiting[0][1].done() or self.inside < self._waiting[0][0]):
+            turn = self._waiting.popleft()[1]
+            if not turn.done():
+                self.inside += 1
+                turn.set_result(None)
+
+
+class ToolOrchestrator:
+    """Runs the calls of a round at once; what one of them does, does not touch the others."""
+
+    def __init__(self, host: OpenWebUIHost, clock: Callable[[], float]) -> None:
+        self._host = host
+        self._breaker = CircuitBreaker(clock)
+        self._gate = _Turnstile()
+        self._left_behind: set[asyncio.Task[Any]] = set()  # tools that do not end although they were told to
+
+    @contextlib.asynccontextmanager
+    async def open_context(
+        self, request: ChatRequest, limits: ToolLimits
+    ) -> AsyncGenerator[_ToolExecutionContext, None]:
+        """The tools of one request; leaving it ends what still runs."""
+        context = self._get_tool_context(request, limits)
+        try:
+            yield context
+        finally:
+            await self._shutdown_tool_context(context)
+
+    async def run(
+        self, context: _ToolExecutionContext, calls: Sequence[ToolCall], sink: Sink
+    ) -> list[ToolResult]:
+        """Run calls, each result given to the sink when it is there. Returns the results in call order."""
+        await sink([ToolStarted(call) for call in calls])
+        found = await self._execute_tool_batch(context, calls, sink)
+        return [found[call.call_id] for call in calls]
+
+    def _get_tool_context(self, request: ChatRequest, limits: ToolLimits) -> _ToolExecutionContext:
+        return _ToolExecutionContext(request, limits)
+
+    async def _execute_tool_batch(
+        self, context: _ToolExecutionContext, calls: Sequence[ToolCall], sink: Sink
+    ) -> dict[str, ToolResult]:
+        """The results by call id. Calls that have not begun when the time of a round is over do not begin."""
+        loop = asyncio.get_running_loop()
+        context.note_round(calls)
+        while len(context.workers) < min(context.limits.at_once, len(calls)):
+            worker = loop.create_task(self._tool_worker_loop(context), name="tool worker")
+            context.workers.append(worker)
+        results: asyncio.Queue[ToolResult] = asyncio.Queue()
+        deadline = loop.time() + context.limits.batch_timeout_s
+        found: dict[str, ToolResult] = {}
+        waiting = deque(calls)
+        while len(found) < len(calls):
+            while waiting and not context.queue.full():
+                context.queue.put_nowait(_QueuedToolCall(waiting.popleft(), deadline, results))
+            result = await results.get()
+            found[result.call.call_id] = result
+            await sink([ToolFinished(result)])
+            if result.remark:
+                await sink([StatusUpdate(result.remark, done=True)])
+        return found
+
+    async def _tool_worker_loop(self, context: _ToolExecutionContext) -> None:
+        while True:
+            queued = await context.queue.get()
+            queued.results.put_nowait(await self._call(queued, context))
+
+    async def _shutdown_tool_context(self, context: _ToolExecutionContext) -> None:
+        """End what runs. Idempotent."""
+        for worker in context.workers:
+            worker.cancel()
+        if context.workers:
+            await asyncio.wait(context.workers, timeout=2 * _CANCEL_S)
+        context.workers.clear()
+
+    async def _call(self, queued: _QueuedToolCall, context: _ToolExecutionContext) -> ToolResult:
+        """Run one call; whatever goes wrong becomes its result."""
+        call, limits = queued.call, context.limits
+        watched = (context.request.user_id, call.name, limits)
+        try:
+            tool = _mapping(context.request.host.tools.get(call.name))
+            if not tool:
+                raise ToolInputError(f"There is no tool called “{call.name[:80]}”")
+            arguments = _arguments_of(call, tool)
+            if not self._breaker.allow(*watched):
+                remark = f"The tool {call.name} has failed repeatedly and is temporarily disabled"
+                return ToolResult(call, f"Error: {remark}. Do without it.", failed=True, remark=remark)
+            result = await self._run_tool(call, tool, arguments, queued.deadline, context)
+        except ToolInputError as exc:
+            return ToolResult(call, f"Error: {exc.detail}." + context.remark_on(call), failed=True)
+        except Exception as exc:
+            words = exc.detail if isinstance(exc, ToolError) else f"{type(exc).__name__}: {exc}"
+            LOGGER.info("the tool %s failed: %s", call.name, type(exc).__name__)
+            result = ToolResult(call, f"Error: {words[:_MOST_ERROR_CHARS]}", failed=True)
+        if self._breaker.record(*watched, failed=result.failed):
+            LOGGER.warning("the tool %s is left alone for %.0f s", call.name, limits.window_s)
+        text = _cut_text(result.text, limits.most_chars) + context.remark_on(call)
+        return result._replace(text=text)
+
+    async def _run_tool(
+        self,
+        call: ToolCall,
+        tool: Mapping[str, Any],
+        arguments: JSONObject,
+        deadline: float,
+        context: _ToolExecutionContext,
+    ) -> ToolResult:
+        """Call a tool and read its result, within its own time and that of the round.
+
+        Raises:
+            ToolError: it took too long.
+            Exception: whatever the tool raises.
+        """
+        host = context.request.host
+
+        async def call_and_read() -> ToolResult:
+            raw = await self._host.call_tool(tool, call.name, arguments, host)
+            return await self._host.tool_result(call, tool, arguments, raw, host)
+
+        timer = asyncio.timeout_at(deadline)
+        try:
+            async with timer, self._gate.pass_through(context.limits.at_once_everywhere):
+                return await self._within(call_and_read(), call.name, context.limits.timeout_s)
+        except TimeoutError:
+            if not timer.expired():
+                raise
+            words = _in_words(context.limits.batch_timeout_s)
+            raise ToolError(f"The calls of this round took longer than {words} together") from None
+
+    async def _within(self, work: Coroutine[Any, Any, ToolResult], name: str, seconds: float) -> ToolResult:
+        """The result of `work`, which is left behind if it neither ends in time nor when it is told to."""
+        task = asyncio.get_running_loop().create_task(work, name=f"tool {name}")
+        try:
+            await asyncio.wait((task,), timeout=seconds)
+            if task.done():
+                return task.result()
+            raise ToolError(f"The tool did not finish within {_in_words(seconds)}")
+        finally:
+            if not task.done():
+                task.cancel()
+                self._left_behind.add(task)
+                task.add_done_callback(self._left_behind.discard)
+                await asyncio.wait((task,), timeout=_CANCEL_S)
+
+
+_MOST_ERROR_CHARS: Final = 2_000
+
+
+def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
+    """The arguments of a call as its tool takes them.
+
+    Raises:
+        ToolInputError: they are no JSON object, or not what the schema of the tool says.
+    """
+    try:
+        arguments = _json_loads(call.arguments) if call.arguments.strip() else {}
+    except ValueError:
+        raise ToolInputError("The arguments are not valid JSON. Please call the tool again") from None
+    if not isinstance(arguments, dict):
+        raise ToolInputError("The arguments must be a JSON object. Please call the tool again")
+    schema = _mapping(_mapping(tool.get("spec")).get("parameters"))
+    arguments = _SchemaReader(schema).without_nulls(arguments, schema)
+    properties = _mapping(schema.get("properties"))
+    if tool.get("type") != "mcp":  # MCP servers look at theirs themselves
+        arguments = {name: value for name, value in arguments.items() if name in properties}
+    if problem := _problem_with(arguments, schema):
+        raise ToolInputError(f"The arguments do not fit: {problem}. Please call the tool again")
+    return arguments
+
+
+def _problem_with(arguments: JSONObject, schema: Mapping[str, Any]) -> str:
+    """What is wrong with arguments by their schema; nothing where the schema itself cannot be read."""
+    missing = [name for name in _strings(schema.get("required")) if name not in arguments]
+    if missing:
+        return f"{', '.join(missing)} is missing"
+    try:
+        from jsonschema import Draft202012Validator
+        from referencing import Registry
+        from referencing.exceptions import Unresolvable
+    except ImportError:  # it comes with Open WebUI
+        return ""
+    try:
+        # A registry of its own: by default a schema could have others fetched from the web.
+        errors = Draft202012Validator(dict(schema), registry=Registry()).iter_errors(arguments)
+        error = next((error for error in errors if not _is_forgiven(error)), None)
+    except (Unresolvable, TypeError, ValueError, AttributeError, KeyError, RecursionError, re.error):
+        return ""
+    if error is None:
+        return ""
+    return f"{'.'.join(map(str, error.absolute_path)) or 'they'}: {error.message[:300]}"
+
+
+def _is_forgiven(error: Any) -> bool:
+    """Whether a value is right all the same: null as OpenAPI allows it, numbers that the host converts."""
+    if error.validator != "type":
+        return False
+    if error.instance is None:
+        return _mapping(error.schema).get("nullable") is True
+    wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+    if isinstance(error.instance, str):
+        is_number = error.instance.strip().removeprefix("-").isdecimal()
+        return is_number and any(kind in ("integer", "number") for kind in wanted)
+    return "string" in wanted and _is_number(error.instance)
 
 
 # ── 18. Streaming engine ─────────────────────────────────────────────────────
@@ -8202,27 +9210,31 @@ def _retry_words(error: BaseException | None) -> str:
 # Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_turn_loop.py
 
 
+class Neighbours(NamedTuple):
+    """What the turn loop works with."""
+
+    registry: OpenRouterModelRegistry
+    account: AccountReader
+    engine: StreamingEngine
+    host: OpenWebUIHost
+    media: MediaIntake
+    tools: ToolOrchestrator
+
+
 class TurnLoop:
     """Runs jobs: what the chat says, out to OpenRouter and back. Holds nothing between them."""
 
     def __init__(
         self,
-        registry: OpenRouterModelRegistry,
-        account: AccountReader,
-        engine: StreamingEngine,
-        host: OpenWebUIHost,
+        around: Neighbours,
         env: HostEnvironment,
         cipher: ArtifactCipher,
-        media: MediaIntake,
         clock: Callable[[], float],
     ) -> None:
-        self._registry = registry
-        self._media = media
-        self._account = account
-        self._cipher = cipher
-        self._engine = engine
-        self._host = host
+        self._registry, self._account, self._engine = around.registry, around.account, around.engine
+        self._host, self._media, self._tools = around.host, around.media, around.tools
         self._env = env
+        self._cipher = cipher
         self._clock = clock
         self._told: set[str] = set()  # names of parameters that the log has
 
@@ -8273,23 +9285,55 @@ class TurnLoop:
         settings = _request_settings(
             job.valves, request, spec, self._env, offer_tools=request.dialect in _DIALECTS_WITH_TOOLS
         )
-        takes_reasoning = settings.replay != "off" and spec.reasons and not request.is_task
+        settings = settings._replace(only_tools=_runnable_tools(request, job.valves.TOOL_EXECUTION_MODE))
         translated = await self._translated(body, spec, settings, job)
-        policy = RetryPolicy(job.valves.RETRY_ATTEMPTS, float(job.valves.RETRY_MAX_WAIT_SECONDS))
         payload = self._registry.fit(translated.payload, spec)
-        upstream = _upstream_request(payload, body, job.valves)
         connection = _with_beta_headers(connection, payload, spec)
         who = self._host.identity_headers(request)
         connection = connection._replace(headers=(*connection.headers, *who.items()))
+        keeps = settings.replay != "off" and spec.reasons and not request.is_task
+        talk = _Talk(job, body, spec, settings, connection, translated.tools, keeps)
+        async with self._tools.open_context(request, _tool_limits(job.valves)) as context:
+            await self._converse(talk, payload, context)
+
+    async def _converse(self, talk: _Talk, payload: JSONObject, context: _ToolExecutionContext) -> None:
+        """Upstream calls, and between them the tools that are run here, until the model has answered."""
+        valves, send = talk.job.valves, talk.job.emitter.send
+        policy = RetryPolicy(valves.RETRY_ATTEMPTS, float(valves.RETRY_MAX_WAIT_SECONDS))
         limits = QueueLimits(
-            job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
-            job.valves.STREAMING_EVENT_QUEUE_MAXSIZE,
-            job.valves.SSE_WORKERS_PER_REQUEST,
+            valves.STREAMING_CHUNK_QUEUE_MAXSIZE,
+            valves.STREAMING_EVENT_QUEUE_MAXSIZE,
+            valves.SSE_WORKERS_PER_REQUEST,
         )
-        sink = job.emitter.send
-        if takes_reasoning:
-            sink = self._recording(sink, request.user_id)
-        await self._engine.stream(connection, upstream, sink, policy, limits)
+        rounds = valves.MAX_FUNCTION_CALL_LOOPS
+        for number in itertools.count():
+            turn = _Turn(talk, payload, self._carrier, is_last=number > rounds)
+            upstream = _upstream_request(payload, talk.body, valves)
+            await self._engine.stream(talk.connection, upstream, turn.sink, policy, limits)
+            if not turn.mine:
+                return
+            if number < rounds:
+                results = await self._tools.run(context, turn.mine, send)
+            else:
+                results = [ToolResult(call, _ONE_ROUND_TOO_MANY, failed=True) for call in turn.mine]
+                told = Notice(f"Stopped after {rounds} rounds of tools")
+                await send([*map(ToolStarted, turn.mine), *map(ToolFinished, results), told])
+            if turn.theirs:
+                return  # the host runs these, and asks again with all results
+            pictures = await self._pictures_of(results, talk)
+            payload = _next_payload(payload, turn.record, results, pictures)
+            if number >= rounds:
+                payload["tool_choice"] = "none"
+
+    async def _pictures_of(self, results: Iterable[ToolResult], talk: _Talk) -> list[str]:
+        """What the tools have drawn, as data URLs, for a model that sees."""
+        addresses = [url for result in results for url in result.images]
+        if not addresses or not talk.spec.takes_images:
+            return []
+        refs = [MediaRef("image", url) for url in addresses if not url.startswith("data:")]
+        found = await self._media.resolve(refs, talk.job.request, talk.settings)
+        urls = [found.get(MediaRef("image", url), MediaBlob(url)).url for url in addresses]
+        return list(filter(None, urls))
 
     async def _translated(
         self, body: CompletionsBody, spec: ModelSpec, settings: RequestSettings, job: _PipeJob
@@ -8305,8 +9349,8 @@ class TurnLoop:
             questions = await self._host.questions(request.chat_id, files.question_id)
             body = body._replace(messages=tuple(_with_files(body.messages, blocks, questions)))
         plan = plan_intake(body.messages, spec, settings)
-        takes_reasoning = settings.replay != "off" and spec.reasons and not request.is_task
-        intake = self._opened(plan.sealed if takes_reasoning else (), request.user_id)
+        keeps = settings.replay != "off" and spec.reasons and not request.is_task
+        intake = self._opened(plan.sealed if keeps else (), request.user_id)
         if plan.media:
             intake = intake._replace(media=await self._fetched(plan.media, settings, job))
         if blocks:
@@ -8344,20 +9388,6 @@ class TurnLoop:
         if lost := len(sealed_texts) - len(records):
             LOGGER.info("%d of %d kept pieces of reasoning can not be read", lost, len(sealed_texts))
         return Intake(records, not self._cipher.can_seal)
-
-    def _recording(self, sink: Sink, user_id: str) -> Sink:
-        """`sink`, and before the end of an upstream call the record of it for the host to keep."""
-        record = TurnRecord()
-
-        def take(emissions: Sequence[Emission]) -> Awaitable[None]:
-            for emission in emissions:
-                if type(emission) in _RECORDED:
-                    record.note(emission)
-            if isinstance(emissions[-1], TurnEnded):
-                emissions = [*emissions[:-1], *self._carrier(record, user_id), emissions[-1]]
-            return sink(emissions)
-
-        return take
 
     def _carrier(self, record: TurnRecord, user_id: str) -> list[Emission]:
         """The record as it rides with the first reasoning item; a sentence where it is too large for that."""
@@ -8422,6 +9452,122 @@ class TurnLoop:
         )
 
 
+class _Talk(NamedTuple):
+    """What stays the same over all upstream calls of one request. `keeps`: reasoning is to be kept."""
+
+    job: _PipeJob
+    body: CompletionsBody
+    spec: ModelSpec
+    settings: RequestSettings
+    connection: Connection
+    tools: tuple[OfferedTool, ...]
+    keeps: bool
+
+
+class _Turn:
+    """One upstream call seen from the loop: its record, and whose its calls are.
+
+    `is_last`: the model was told to call nothing more; what it calls all the same is dropped.
+    """
+
+    def __init__(
+        self,
+        talk: _Talk,
+        payload: JSONObject,
+        carrier: Callable[[TurnRecord, str], list[Emission]],
+        *,
+        is_last: bool,
+    ) -> None:
+        self.record = TurnRecord()
+        self.mine: list[ToolCall] = []
+        self.theirs: list[ToolCall] = []
+        self._talk = talk
+        self._carrier = carrier
+        self._is_last = is_last
+        self._host_names = {tool.name: tool.host_name for tool in talk.tools}
+        self._used_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
+
+    def sink(self, emissions: Sequence[Emission]) -> Awaitable[None]:
+        """Pass emissions on, with what they need to be understood outside of this call."""
+        if not _RECORDED.isdisjoint(map(type, emissions)):
+            emissions = [known for emission in emissions if (known := self._noted(emission)) is not None]
+        if emissions and isinstance(emissions[-1], TurnEnded):
+            emissions = [*emissions[:-1], *self._end(emissions[-1])]
+        return self._talk.job.emitter.send(emissions)
+
+    def _noted(self, emission: Emission) -> Emission | None:
+        if isinstance(emission, ToolRequested):
+            if self._is_last:
+                return None
+            call = emission.call
+            call_id = _unique_id(call.call_id, self._used_ids)
+            name = self._host_names.get(call.name, call.name)
+            emission = emission._replace(call=call._replace(call_id=call_id, name=name))
+        self.record.note(emission)
+        return emission
+
+    def _end(self, ended: TurnEnded) -> list[Emission]:
+        request, mode = self._talk.job.request, self._talk.job.valves.TOOL_EXECUTION_MODE
+        calls = self.record.calls if ended.outcome == "completed" else []
+        self.mine, self.theirs = _split_calls(calls, request, mode)
+        goes_on = bool(self.mine) and not self.theirs
+        carrier = self._carrier(self.record, request.user_id) if self._talk.keeps else []
+        return [*carrier, ended._replace(goes_on=goes_on)]
+
+
+def _asks_first(request: ChatRequest) -> bool:
+    """Whether a person has to approve each call; only the host can ask."""
+    params = _mapping(request.host.metadata.get("params"))
+    return params.get("tool_approval_mode") == "ask"
+
+
+def _runnable_tools(request: ChatRequest, mode: str) -> frozenset[str] | None:
+    """The tools that may be offered; None: all, because the host or the client runs the others."""
+    if request.dialect != "browser_json":
+        return None
+    tools = {} if _asks_first(request) else request.host.tools
+    return frozenset(name for name, tool in tools.items() if _runs_here(tool, mode))
+
+
+def _split_calls(
+    calls: Sequence[ToolCall], request: ChatRequest, mode: str
+) -> tuple[list[ToolCall], list[ToolCall]]:
+    """(the calls that are run here, those that are left to the host or the client)."""
+    tools, in_page = request.host.tools, request.dialect in _DIALECTS_WITH_EVENTS
+    if not tools or (in_page and (mode == "open_webui" or _asks_first(request))):
+        return [], list(calls)
+    # A tool that nobody has is answered here too: the model is told so.
+    mine = [
+        call
+        for call in calls
+        if _runs_here(tools.get(call.name), mode) or (in_page and call.name not in tools)
+    ]
+    if not in_page and len(mine) < len(calls):
+        mine = []  # a client that gets some of a round cannot know of the others
+    return mine, [call for call in calls if call not in mine]
+
+
+def _next_payload(
+    payload: JSONObject, record: TurnRecord, results: Sequence[ToolResult], pictures: Sequence[str]
+) -> JSONObject:
+    """The request after a round of tools, as a later turn of the chat will have it."""
+    outputs = [_output_item(result.call.call_id, result.text) for result in results]
+    items = [*payload["input"], *record.input_items(), *outputs]
+    if pictures:
+        text = {"type": "input_text", "text": _TOOL_PICTURES}
+        items.append({"type": "message", "role": "user", "content": [text, *map(_image_part, pictures)]})
+    following = {**payload, "input": items}
+    if following.get("tool_choice") not in (None, "auto", "none"):
+        del following["tool_choice"]  # it was for the first call: forced again and again there is no end
+    return following
+
+
+_ONE_ROUND_TOO_MANY: Final = (
+    "Error: this call was not run, because there have been too many rounds of tools. "
+    "Answer now with what you know, and say what is missing."
+)
+
+
 def _asks_chat(body: CompletionsBody, valves: Valves) -> bool:
     """Whether the request goes to `/chat/completions` at once."""
     wanted = valves.UNSUPPORTED_PARAMETERS == "use_chat_completions" and body.wants_chat
@@ -8446,7 +9592,7 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
-_RECORDED: Final = (ItemClosed, ToolRequested, StatusUpdate)
+_RECORDED: Final = frozenset({ItemClosed, ToolRequested, StatusUpdate})
 _NOT_REMEMBERED: Final = (
     "This thinking is too long to be kept: the model will not remember it, only its answer."
 )
@@ -8458,8 +9604,8 @@ _FETCHING: Final = "Fetching the files of this chat"
 _TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.
 _DIALECTS_WITH_EVENTS: Final = frozenset({"browser", "browser_json"})
-# Where somebody runs the calls: the host after a streamed answer, or the API client itself.
-_DIALECTS_WITH_TOOLS: Final = frozenset({"browser", "api_stream", "api_json"})
+# Where somebody runs the calls: the pipe, the host after a streamed answer, or the API client itself.
+_DIALECTS_WITH_TOOLS: Final = frozenset({"browser", "browser_json", "api_stream", "api_json"})
 
 
 # ── 22. Runtime ──────────────────────────────────────────────────────────────
@@ -8501,7 +9647,9 @@ class Runtime:
         engine = StreamingEngine(self._client, sleep)
         self._media = MediaIntake(self.host, clock)
         cipher = ArtifactCipher(env.secret, pipe_id)
-        self._turns = TurnLoop(self._registry, account, engine, self.host, env, cipher, self._media, clock)
+        tools = ToolOrchestrator(self.host, clock)
+        around = Neighbours(self._registry, account, engine, self.host, self._media, tools)
+        self._turns = TurnLoop(around, env, cipher, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -8706,9 +9854,12 @@ class Pipe:
         __event_emitter__: HostEventEmitter | None = None,
         __task__: str | None = None,
         __request__: Any = None,
+        __tools__: Mapping[str, Any] | None = None,
+        __event_call__: Callable[[JSONObject], Awaitable[Any]] | None = None,
     ) -> AsyncGenerator[JSONObject, None] | JSONObject:
         """Answer one chat request: a stream of chunks, or one dict where none was asked for."""
-        request = _capture(body, __user__, __metadata__, __event_emitter__, __task__, __request__)
+        host = HostCall(__tools__ or {}, __metadata__ or {}, __request__, __event_call__)
+        request = _capture(body, __user__, host, __event_emitter__, __task__)
         runtime = self._started(str(body.get("model") or ""))
         job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
         if request.dialect == "browser":
@@ -8746,13 +9897,12 @@ class Pipe:
 def _capture(
     body: JSONObject,
     user: Mapping[str, Any] | None,
-    metadata: Mapping[str, Any] | None,
+    host: HostCall,
     emitter: HostEventEmitter | None,
     task: str | None,
-    host_request: Any,
 ) -> ChatRequest:
     """The arguments of `pipe()`, normalised once."""
-    user, metadata = user or {}, metadata or {}
+    user, metadata = user or {}, host.metadata
     context = _get_chat_context(metadata, body)
     return ChatRequest(
         body=body,
@@ -8769,7 +9919,7 @@ def _capture(
         chose_tools=bool(metadata.get("tool_ids") or metadata.get("tool_servers")),
         files=_chat_files(metadata),
         user=user,
-        host_request=host_request,
+        host=host,
         user_valves=user.get("valves"),
         event_emitter=emitter,
     )

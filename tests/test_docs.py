@@ -65,14 +65,12 @@ GIVEN_NAMES: Final[dict[int, str]] = {
 # Given names whose work has not come yet. A name leaves this list with its work.
 PENDING: Final = words(
     """
-    _QUEUE_MAXSIZE StatusMessages ArtifactPayload _QueuedToolCall _ToolExecutionContext
+    _QUEUE_MAXSIZE StatusMessages ArtifactPayload
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment
-    _strictify_schema _emit_tool_prompt
     ArtifactStore RedisWriteBehind
     _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
-    CostLedger JobTable CircuitBreaker ToolOrchestrator _get_tool_context _tool_worker_loop
-    _execute_tool_batch _shutdown_tool_context ContextKeeper
+    CostLedger JobTable ContextKeeper
     ImageResults VideoJobs AdmissionScheduler Runtime._ensure_concurrency_controls
     Runtime._maybe_start_log_worker Runtime._maybe_start_startup_checks Runtime._maybe_start_redis
     Runtime._maybe_start_cleanup Runtime._request_worker_loop Runtime._stop_request_worker

@@ -349,7 +349,7 @@ PAIRS: Final[dict[str, tuple[list[Json], list[Json]]]] = {
     "text before": ([assistant("hm", call("a")), output("a")], [SAID, sent("a"), answered("a")]),
     "two at once": (
         [assistant("", call("a"), call("b", "g")), output("b", "2"), output("a", "1")],
-        [sent("a"), sent("b", "g"), answered("b", "2"), answered("a", "1")],
+        [sent("a"), sent("b", "g"), answered("a", "1"), answered("b", "2")],  # as they were called
     ),
     "two after another": (
         [assistant("", call("a")), output("a"), assistant("", call("b")), output("b")],

@@ -81,7 +81,7 @@ FRONT_MATTER_LINES: Final = 60
 # "" = that part of the work has not come yet.
 BROAD_EXCEPT: Final[dict[str, str]] = {
     "request worker": "Runtime._work",
-    "tool call": "",
+    "tool call": "ToolOrchestrator._call",
     "emitter send": "_SafeEmitter.__call__",
     "background service": "ModelPublisher._catch_up",
     "Redis call": "",

@@ -106,6 +106,19 @@ ROWS: Final[dict[str, Row]] = {
     "PROMPT_CACHING": Row("string", "auto", choices=("auto", "off")),
     "PROMPT_CACHE_TTL": Row("string", "5m", choices=("5m", "1h")),
     "SEND_IDENTIFIERS": Row("string", "hashed", choices=("none", "hashed", "plain")),
+    "ENABLE_TOOLS": Row("boolean", True),
+    "AVAILABLE_TOOLS": Row("string", "all"),
+    "TOOL_EXECUTION_MODE": Row("string", "auto", choices=("auto", "pipe", "open_webui")),
+    "STRICT_TOOL_SCHEMAS": Row("boolean", False),
+    "MAX_FUNCTION_CALL_LOOPS": Row("integer", 25, 1, 200),
+    "MAX_PARALLEL_TOOLS_GLOBAL": Row("integer", 200, 1, 2000),
+    "MAX_PARALLEL_TOOLS_PER_REQUEST": Row("integer", 5, 1, 50),
+    "TOOL_TIMEOUT_SECONDS": Row("integer", 60, 1, 3600),
+    "TOOL_BATCH_TIMEOUT_SECONDS": Row("integer", 120, 1, 3600),
+    "TOOL_BREAKER_FAILURES": Row("integer", 5, 1, 100),
+    "TOOL_BREAKER_WINDOW_SECONDS": Row("integer", 60, 1, 3600),
+    "MAX_TOOL_OUTPUT_CHARS": Row("integer", 100_000, 1000, 2_000_000),
+    "TOOL_OUTPUT_RETENTION_TURNS": Row("integer", 10, 0, 1000),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
@@ -114,6 +127,7 @@ USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "STREAMING_IDLE_FLUSH_MS": (),
     "REASONING_EFFORT": ("inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"),
     "PERSIST_REASONING": ("inherit", "off", "next_reply"),
+    "ENABLE_TOOLS": ("inherit", "off"),
     "SHOW_THINKING": ("inherit", "on", "off"),
     "SHOW_FINAL_USAGE_STATUS": ("inherit", "on", "off"),
 }
