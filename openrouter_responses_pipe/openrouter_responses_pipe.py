@@ -8740,6 +8740,8 @@ class ToolOrchestrator:
         task = asyncio.get_running_loop().create_task(work, name=f"tool {name}")
         try:
             await asyncio.wait((task,), timeout=seconds)
+            if task.cancelled():  # by itself: it must not look as if somebody had pressed Stop
+                raise ToolError("The tool was cancelled")
             if task.done():
                 return task.result()
             raise ToolError(f"The tool did not finish within {_in_words(seconds)}")
@@ -9534,8 +9536,10 @@ def _split_calls(
 ) -> tuple[list[ToolCall], list[ToolCall]]:
     """(the calls that are run here, those that are left to the host or the client)."""
     tools, in_page = request.host.tools, request.dialect in _DIALECTS_WITH_EVENTS
-    if not tools or (in_page and (mode == "open_webui" or _asks_first(request))):
+    if not tools or _asks_first(request) or (in_page and mode == "open_webui"):
         return [], list(calls)
+    if not in_page:
+        mode = "auto"  # Open WebUI runs nothing for programs
     # A tool that nobody has is answered here too: the model is told so.
     mine = [
         call
