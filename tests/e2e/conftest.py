@@ -14,6 +14,7 @@ import pytest
 from openrouter_responses_pipe.webui import PIPE_FILE, SimulatorServer, WebUIClient, WebUIServer
 from tests.e2e.driver import Tab
 from tests.e2e.host import KEY, MODEL, ROOT, WEBUI_PYTHON, Host
+from tests.e2e.tool_servers import ToolServers, tool_servers
 from tests.e2e.upstream import Upstream
 
 
@@ -63,6 +64,13 @@ def host(folder: Path, upstream: Upstream) -> Iterator[Host]:
         yield Host(server, admin, user, upstream.base_url)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def servers(host: Host, folder: Path) -> Iterator[ToolServers]:
+    """Start every kind of tool once."""
+    with tool_servers(host, folder) as running:
+        yield running
 
 
 @pytest.fixture

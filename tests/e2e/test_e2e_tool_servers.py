@@ -1,19 +1,14 @@
-"""The tools of `tool_servers.py`, as the real host sees and runs them: what later tests stand on.
-
-The host runs the calls here: it is what happens when the pipe leaves them open.
-"""
+"""Tools of every kind that the real host has, called by a model: workspace, OpenAPI, MCP, built-in, page."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.e2e.driver import Tab, Turn, error_text, items, unique, until
-from tests.e2e.host import MODEL, Host
+from tests.e2e.host import MODEL, Host, valves
 from tests.e2e.tool_servers import (
     MCP_ID,
     ToolServers,
@@ -26,7 +21,6 @@ from tests.e2e.tool_servers import (
     resolve,
     saved,
     script,
-    tool_servers,
 )
 from tests.e2e.upstream import Json, Upstream
 from tests.e2e.workspace_tools import png
@@ -38,13 +32,6 @@ QUESTION: Json = {
     "question": "Which colour?",
     "options": [{"label": "Red", "description": "Warm"}, {"label": "Blue", "description": "Cold"}],
 }
-
-
-@pytest.fixture(scope="module")
-def servers(host: Host, folder: Path) -> Iterator[ToolServers]:
-    """Start every kind of tool once for the tests of this file."""
-    with tool_servers(host, folder) as running:
-        yield running
 
 
 async def play(tab: Tab, *rounds: Any, tool_ids: list[str], **fields: Any) -> tuple[Turn, str]:
@@ -160,10 +147,11 @@ async def test_a_tool_speaks_to_the_page_and_knows_where_it_is(tab: Tab, servers
     assert around["roles"][-1] == "user"
 
 
-async def test_the_host_runs_one_call_after_the_other(tab: Tab, servers: ToolServers) -> None:
+async def test_the_host_runs_one_call_after_the_other(host: Host, tab: Tab, servers: ToolServers) -> None:
     batch = [call("work_slowly", key=f"row{number}", seconds=0.2) for number in range(3)]
-    turn, _ = await play(tab, batch, tool_ids=servers.ids)
-    message = await turn.done()
+    with valves(host, TOOL_EXECUTION_MODE="open_webui"):
+        turn, _ = await play(tab, batch, tool_ids=servers.ids)
+        message = await turn.done()
     assert [text(item) for item in items(message, "function_call_output")] == [
         f"row{number} took 0.2 s" for number in range(3)
     ]
@@ -171,12 +159,14 @@ async def test_the_host_runs_one_call_after_the_other(tab: Tab, servers: ToolSer
     assert [run.key for run in servers.journal.runs("row")] == ["row0", "row1", "row2"]
 
 
-async def test_the_host_runs_a_plain_function_on_its_event_loop(tab: Tab, servers: ToolServers) -> None:
-    """So nobody else is answered meanwhile."""
-    turn, _ = await play(tab, [call("block_thread", key="blocked", seconds=0.1)], tool_ids=servers.ids)
+async def test_a_plain_function_does_not_hold_up_others(tab: Tab, servers: ToolServers) -> None:
+    """Open WebUI itself would run it on its event loop, where nobody else is answered meanwhile."""
+    batch = [call("block_thread", key=f"blocked{number}", seconds=0.3) for number in range(2)]
+    turn, _ = await play(tab, batch, tool_ids=servers.ids)
     await turn.done()
-    (run,) = servers.journal.runs("blocked")
-    assert (run.outcome, run.main_thread) == ("finished", True)
+    runs = servers.journal.runs("blocked")
+    assert [(run.outcome, run.main_thread) for run in runs] == [("finished", False)] * 2
+    assert servers.journal.most_at_once("blocked") == 2
 
 
 @pytest.mark.parametrize("name", ["work_slowly", "slow_echo", f"{MCP_ID}_slow_reverse"])
