@@ -156,20 +156,21 @@ def test_what_a_model_does_not_take_is_not_fetched(kind: str) -> None:
 
 
 def test_the_most_important_comes_first() -> None:
-    """The person's, latest message first; then those of answers, latest first; each once."""
+    """The person's, the latest message first; then those of answers, the latest first; each once."""
     a, b, c, d, e = (f"/api/v1/files/{name}/content" for name in "abcde")
     chat = [
         user(block("image", a)),
         answer(f"![x]({d})"),
-        user("x", block("image", b), block("file", c)),
+        user("x", block("image", b)),
+        user(block("file", c)),
         answer(f"![x]({e}) ![x]({d})"),
         user(block("image", a)),
     ]
     plan = plan_intake(chat, EVERYTHING)
     assert plan.media == (
         MediaRef("image", a),
-        MediaRef("image", b),
         MediaRef("file", c),
+        MediaRef("image", b),
         MediaRef("image", e, True),
         MediaRef("image", d, True),
     )
@@ -749,6 +750,7 @@ class Gate:
         self.wanted, self.waiting, self.most = wanted, 0, 0
         self.open = asyncio.Event()
         self.came = asyncio.Event()
+        self.left = asyncio.Event()
 
     async def __call__(self, path: str) -> None:
         """Wait for the others."""
@@ -761,6 +763,7 @@ class Gate:
             await asyncio.wait_for(self.open.wait(), PATIENCE_S)
         finally:
             self.waiting -= 1
+            self.left.set()
 
 
 async def test_several_are_fetched_at_once(site: Site, files: HostFiles) -> None:
@@ -1058,6 +1061,37 @@ async def test_pictures_of_answers_are_fetched_and_kept(site: Site, files: HostF
     assert pictures(first) == [INLINE, data_url(picture("GIF"), "image/gif")]
     site.has.clear()
     assert await send(chat, wanted) == first
+
+
+async def test_a_picture_that_a_person_and_an_answer_name(site: Site, files: HostFiles) -> None:
+    """It is fetched once, and sent once."""
+    wanted = RequestSettings(keeps_media=True, trusted_hosts=site.trusted)
+    address = site.put(PNG)
+    result = await send([answer(f"![x]({address})"), user("x", block("image", address))], wanted)
+    assert site.asked == ["/a.png"]
+    assert pictures(result) == [INLINE]
+
+
+async def test_a_slow_picture_of_an_answer_is_not_waited_for_as_long(
+    site: Site, files: HostFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ten seconds pass, on the clock of the loop; then the site answers."""
+    site.before = gate = Gate(10**6)
+    wanted = RequestSettings(trusted_hosts=site.trusted)
+    own, shown = numbered(site, 2)
+    having = asyncio.create_task(have([own, shown._replace(in_answer=True)], wanted))
+    while gate.waiting < 2:
+        gate.came.clear()
+        await asyncio.wait_for(gate.came.wait(), PATIENCE_S)
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + 9)
+    while gate.waiting > 1:
+        await asyncio.wait_for(gate.left.wait(), PATIENCE_S)
+    gate.open.set()
+    mine, theirs = await having
+    assert mine.url
+    assert "took too long" in theirs.reason
 
 
 async def test_the_picture_of_another_user_in_an_answer(files: HostFiles) -> None:
