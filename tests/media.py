@@ -152,7 +152,8 @@ def remove(row: Any) -> None:
 class Site:
     """A server on loopback: what it has by path, as that is quoted, and what it was asked for.
 
-    `before` is awaited before each answer; a path that it does not have is a 404.
+    `before` is awaited before each answer, and cancelled when whoever asked has hung up; a path that it does
+    not have is a 404.
     """
 
     base: str = ""
@@ -183,7 +184,7 @@ class Site:
 async def serving_site() -> AsyncIterator[Site]:
     """A site while it runs."""
     site = Site()
-    runner = web.ServerRunner(web.Server(site._answer), shutdown_timeout=0.1)
+    runner = web.ServerRunner(web.Server(site._answer, handler_cancellation=True), shutdown_timeout=0.1)
     await runner.setup()
     try:
         await web.TCPSite(runner, LOOPBACK, 0).start()

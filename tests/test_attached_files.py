@@ -719,12 +719,12 @@ async def test_who_waits_is_told_what_for(
 async def test_a_deadline_ends_the_waiting(
     pipe: Pipe, simulator: Simulator, files: HostFiles, site: Site
 ) -> None:
-    """No status is left open, and the connection is not either."""
+    """No connection is left open, and no status either."""
     gone = asyncio.Event()
 
     async def hang(path: str) -> None:
         try:
-            await asyncio.sleep(PATIENCE_S)
+            await asyncio.Event().wait()
         finally:
             gone.set()
 
@@ -733,21 +733,25 @@ async def test_a_deadline_ends_the_waiting(
     given_arguments = given_files([user("hello", block("image", site.put(PNG)))])
     result = await call(pipe, given_arguments)
     assert "longer than" in result.error
+    await asyncio.wait_for(gone.wait(), SOON_S)
+    assert inferences(simulator) == []
     last: Json = {}
     for data in given_arguments["__event_emitter__"].of("status"):
         last[data["description"]] = data["done"]
     assert last.get("Fetching the files of this chat", True)
-    assert inferences(simulator) == []
 
 
 async def test_stop_while_a_file_is_fetched(
     pipe: Pipe, simulator: Simulator, files: HostFiles, site: Site
 ) -> None:
-    came = asyncio.Event()
+    came, gone = asyncio.Event(), asyncio.Event()
 
     async def hang(path: str) -> None:
         came.set()
-        await asyncio.sleep(PATIENCE_S)
+        try:
+            await asyncio.Event().wait()
+        finally:
+            gone.set()
 
     site.before = hang
     set_valves(pipe, simulator.base_url, ALLOW_HTTP_HOSTS=",".join(site.trusted))
@@ -759,6 +763,7 @@ async def test_stop_while_a_file_is_fetched(
         with pytest.raises(asyncio.CancelledError):
             await asking
     await all_ended(before)
+    await asyncio.wait_for(gone.wait(), SOON_S)
     assert inferences(simulator) == []
     assert files.rows == {}
 
