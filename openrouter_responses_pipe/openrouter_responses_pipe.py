@@ -189,9 +189,15 @@ _NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes
 _MARKUP_RE: Final = re.compile(
     rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
 )
-# ![alt](address "title"): what a page shows as a picture
+# ![alt](address "title"), what a page shows as a picture; possessive, so that no text takes long to search
 _MARKDOWN_IMAGE_RE: Final = re.compile(
-    r"""!\[([^\]\n]{0,1000})\]\(\s{0,9}<?([^\s()<>]+)>?(?:\s{1,9}["'][^"'\n]{0,1000}["'])?\s{0,9}\)"""
+    r"!\[((?:[^\[\]\n]++|\[[^\[\]\n]*+\])*+)\]\(\s{0,9}+<?((?:[^\s()<>]++|\([^\s()<>]*+\))++)>?"
+    r"""(?:\s{1,9}+(?:"[^"\n]*+"|'[^'\n]*+'|\([^()\n]*+\)))?\s{0,9}+\)"""
+)
+_DATA_ADDRESS_RE: Final = re.compile(r"(\]\(\s{0,9}+<?)data:[^\s()<>]*+")
+_TEXT_NAME_RE: Final = re.compile(
+    r".*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)",
+    re.IGNORECASE | re.DOTALL,
 )
 _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
@@ -1551,7 +1557,7 @@ _SIGNATURES: Final[dict[bytes, str]] = {
     rb".{4}ftypM4[AB] ": "audio/mp4",
     rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
     rb".{4}ftyp": "video/mp4",
-    rb"\s{0,9}%PDF-": "application/pdf",
+    rb"(?:\xef\xbb\xbf)?\s{0,9}%PDF-|.{0,1000}?[\r\n]%PDF-\d\.\d\s{1,2}%[\x80-\xff]": "application/pdf",
     rb"RIFF.{4}WAVE": "audio/wav",
     rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
     rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
@@ -1593,31 +1599,49 @@ def _blob_of(content: bytes, name: str) -> MediaBlob:
     mime = _sniffed(content)
     if mime in _PERHAPS_TEXT and (text := _text_of(content, name)):
         return MediaBlob(name=name, mime="text/plain", size=len(content), text=text)
-    if mime == "application/octet-stream":
-        mime = mimetypes.guess_type(name)[0] or mime
+    if mime == "application/octet-stream" and _OFFICE_MIME_RE.fullmatch(_guessed_mime(name)):
+        mime = _guessed_mime(name)  # a kind of file, but none that the first bytes would show
     whole = memoryview(content)
     pieces = (whole[start : start + _ENCODED_AT_ONCE] for start in range(0, len(content), _ENCODED_AT_ONCE))
     return MediaBlob(_data_url(pieces, mime), name, mime, len(content))
 
 
+_OFFICE_MIME_RE: Final = re.compile(r"application/(?!pdf$).+")
 _PERHAPS_TEXT: Final = ("text/plain", "text/html", "image/svg+xml", "application/octet-stream")
 
 
 def _text_of(content: bytes, name: str) -> str:
     """The text in a file, "" if it holds none; the code page of Windows only where its name says text."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16", "replace")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        is_text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
-        text = content.decode("cp1252", "replace") if is_text else ""
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = ""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    if not text and not is_wide and _TEXT_NAME_RE.fullmatch(name):
+        text = content.decode("cp1252", "replace")
     return "" if "\0" in text else text
 
 
+def _guessed_mime(name: str) -> str:
+    """What a file should be by its name."""
+    with contextlib.suppress(ValueError):  # some versions read a name as an address
+        return mimetypes.guess_type(name)[0] or ""
+    return ""
+
+
+def _name_of(address: str) -> str:
+    """What a file at an address is called, else its server; those of the host do not say it."""
+    if not address.lower().startswith("http"):
+        return ""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
+    return ""
+
+
 def _shown_name(name: str) -> str:
-    """A name that somebody gave to a file, fit for one line."""
-    return " ".join(name.split())[:80]
+    """A name that somebody gave to a file, fit for one line: nothing in it that cannot be seen."""
+    plain = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())
+    return plain[:80]
 
 
 def _host_file_id(address: str, webui_url: str = "") -> str:
@@ -2288,25 +2312,11 @@ class OpenWebUIHost:
         asking = _questions(chat_id, question_id)
         return await _host_answer(asking, [], "where files were attached could not be read")
 
-    def identity_headers(self, request: ChatRequest) -> dict[str, str]:
+    async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
         """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
         if self.version is None or not request.user_id:
             return {}
-        try:
-            from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
-            from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
-                include_user_info_headers,
-            )
-        except ImportError:
-            return {}
-        if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
-            return {}
-        texts = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
-        headers = _user_headers(
-            include_user_info_headers, types.SimpleNamespace(**texts), request.host_request
-        )
-        if request.chat_id:
-            headers[host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID] = request.chat_id
+        headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
 
     def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
@@ -2445,6 +2455,8 @@ async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int)
     # Where files are kept elsewhere (S3 …) this downloads it.
     fetching = asyncio.to_thread(Storage.get_file, row.path)
     path = await _host_answer(fetching, "", "a file could not be had from the storage", _STORAGE_S)
+    if not path:
+        raise InputError("It is not there any more")
     name = _text(_mapping(row.meta).get("name")) or _text(row.filename)
     return await asyncio.to_thread(_blob_at, path, name, most_bytes)
 
@@ -2484,7 +2496,7 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
     from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
 
     tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
-    plain_name = re.sub(r"[^\w.-]+", "_", blob.name)[-80:]
+    plain_name = re.sub(r"[^\w.-]+", "_", blob.name).encode()[-80:].decode(errors="ignore")
     _, path = await asyncio.to_thread(
         Storage.upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
     )
@@ -2511,12 +2523,23 @@ async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozense
     return found[::-1]
 
 
-def _user_headers(include: Callable[..., dict[str, str]], user: Any, request: Any) -> dict[str, str]:
-    """The host's headers for a person; older ones do not ask for the request."""
+async def _identity_headers(request: ChatRequest) -> dict[str, str]:
+    from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
+        include_user_info_headers,
+    )
+
+    if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
+        return {}
+    user = types.SimpleNamespace(
+        **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
+    )
     try:
-        return include({}, user, request=request)
-    except TypeError:
-        return include({}, user)
+        headers = include_user_info_headers({}, user, request=request.host_request)
+    except TypeError:  # older ones do not ask for the request
+        headers = include_user_info_headers({}, user)
+    chat = {host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID: request.chat_id} if request.chat_id else {}
+    return {**headers, **chat}
 
 
 async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[bytes, None]:
@@ -3726,7 +3749,7 @@ def plan_intake(
     shown = _pictures_of_answers(messages, spec, settings)
     for position in sorted(shown, reverse=True):
         addresses = [address for address in shown[position] if not address.startswith("data:")]
-        media += [MediaRef("image", address, True) for address in addresses]
+        media += [MediaRef("image", address, in_answer=True) for address in addresses]
     return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)))
 
 
@@ -3876,8 +3899,8 @@ def _add_answer(history: _History, text: str, phase: str = "") -> None:
 
 def _clean_answer(text: str) -> str:
     """An answer as the model wrote it: without marks of other pipes and what was only shown."""
-    if "](data:" in text:  # a whole picture in base64; what can be shown goes as a picture
-        text = _MARKDOWN_IMAGE_RE.sub(_without_data, text)
+    if "data:" in text:  # a whole picture in base64; what can be shown goes as a picture
+        text = _DATA_ADDRESS_RE.sub(r"\1data", text)
     if "]: #" in text:
         text = _MARKER_LINE_RE.sub("", text)
     if "<details" in text:
@@ -3885,10 +3908,6 @@ def _clean_answer(text: str) -> str:
     if "<think>" in text:
         text = _without_blocks(text, _THINK_RE, "</think>")
     return text
-
-
-def _without_data(match: re.Match[str]) -> str:
-    return f"![{match[1]}](data)" if match[2].startswith("data:") else match[0]
 
 
 def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
@@ -4277,15 +4296,15 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
         return None
     source, name = blob.url, name or blob.name
     if blob.text:
-        name = name.replace('"', "'")
+        name = _shown_name(name).translate(_NOT_IN_TAGS)
         return {"type": "input_text", "text": f'<file name="{name}">\n{blob.text}\n</file>'}
     if source.startswith("https://"):
-        name = name or urlsplit(source).path.rpartition("/")[2]
+        name = name or _name_of(source)
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
     if not source and _text(file.get("file_id")):
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
     if source and not source.startswith("data:"):
-        source = f"data:{mimetypes.guess_type(name)[0] or 'application/pdf'};base64,{source}"
+        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not source:
         history.leave_out("file")
         return None
@@ -4295,6 +4314,7 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
 
 
 _NAMELESS_FILE: Final = "file.pdf"
+_NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
 
 
 def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
@@ -4437,16 +4457,20 @@ def _pictures_of_answers(
     ]
     if not answers:
         return {}
-    room = settings.most_images - sum(
-        _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
+    asked = [
+        _image_source(block)
         for message in messages
         if message.get("role") == "user"
         for block in _objects(message.get("content"))
-    )
+        if _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
+    ]
+    room, seen = settings.most_images - len(asked), set(asked)
     found: dict[int, list[str]] = {}
     for position, message in reversed(answers):
-        if room > 0 and (pictures := _pictures_in(message, settings.webui_url)):
+        pictures = [url for url in _pictures_in(message, settings.webui_url) if url not in seen]
+        if room > 0 and pictures:
             found[position] = pictures[-room:]
+            seen.update(found[position])
             room -= len(found[position])
     return found
 
@@ -4473,10 +4497,22 @@ def _shown_parts(addresses: Iterable[str], intake: Intake, settings: RequestSett
         if not address.startswith("data:image/"):
             urls.append(intake.media.get(MediaRef("image", address, True), _NO_MEDIUM).url)
             continue
-        with contextlib.suppress(InputError):
-            _validate_base64_size(address[address.find(",") + 1 :], settings.most_bytes)
+        if _is_picture_data(address, settings.most_bytes):
             urls.append(address)
     return [_image_part(url) for url in urls if url]
+
+
+def _is_picture_data(address: str, most_bytes: int) -> bool:
+    """Whether a data URL holds a picture, and nothing that only says that it is one."""
+    head, _, content = address.partition(",")
+    if not head.endswith(";base64"):
+        return False
+    try:
+        _validate_base64_size(content, most_bytes)
+        kind = _sniffed(base64.b64decode(content[: _SNIFFED_BYTES // 3 * 4] + "===", validate=False))
+    except (InputError, ValueError):
+        return False
+    return kind.startswith("image/") and kind != "image/svg+xml"
 
 
 _NO_MEDIUM: Final = MediaBlob()
@@ -4509,10 +4545,11 @@ def _whole_file(file: Mapping[str, Any], spec: ModelSpec, settings: RequestSetti
         return None
     meta = _mapping(_mapping(file.get("file")).get("meta"))
     mime = _text(file.get("content_type")) or _text(meta.get("content_type"))
-    mime = (mime or mimetypes.guess_type(name)[0] or "").partition(";")[0]
+    mime = (mime or _guessed_mime(name)).partition(";")[0]
     kind = next((kind for kind, mimes in _WHOLE_MIMES.items() if mimes.fullmatch(mime)), "")
     size = file.get("size") or meta.get("size")
-    is_long = kind == "text" and _is_number(size) and size > _CHARS_PER_TOKEN * (spec.context_length or 0) / 2
+    room = _CHARS_PER_TOKEN * (spec.context_length or _USUAL_CONTEXT) / 2
+    is_long = kind == "text" and _is_number(size) and size > room
     is_taken = {"video": spec.takes_video, "audio": spec.takes_audio, "": False}
     if is_long or not is_taken.get(kind, spec.reads_whole_files(settings.native_files)):
         return None
@@ -4520,6 +4557,7 @@ def _whole_file(file: Mapping[str, Any], spec: ModelSpec, settings: RequestSetti
 
 
 _CHARS_PER_TOKEN: Final = 4
+_USUAL_CONTEXT: Final = 32_000  # tokens of a model of which nobody knows it
 _WHOLE_MIMES: Final[dict[str, re.Pattern[str]]] = {
     "file": re.compile(r"application/pdf"),
     "text": re.compile(r"text/.+|application/(?:json|xml|(?:x-)?(?:yaml|toml|javascript|sh|sql|ndjson))"),
@@ -4572,8 +4610,11 @@ def _with_files(
 
 
 def _is_question(message: Mapping[str, Any], text: str, keys: Iterable[str]) -> bool:
-    sent = _plain_text(message.get("content"))
-    return text.strip() in sent if text.strip() else any(key in sent for key in keys)
+    """Whether a message ends with this text; what the host puts before it ends with a line."""
+    sent, text = _plain_text(message.get("content")).strip(), text.strip()
+    if not text:
+        return any(key in sent for key in keys)
+    return sent.endswith(text) and sent.removesuffix(text)[-1:] in ("", "\n")
 
 
 def _blocks(content: Any) -> list[Any]:
@@ -4599,9 +4640,13 @@ def _without_passages(
     if not files.sources or not whole.issuperset(files.sources):
         return messages
     restored = list(messages)
-    for position in range(len(messages) - 1, -1, -1):
+    last = _first_text(messages[-1]) if messages else ""
+    is_apart = len(messages) > 1 and messages[-2].get("role") == "assistant"
+    if is_apart and _PASSAGE in last and not last.endswith(files.user_prompt):
+        restored.pop()  # Continue: with no question at the end, they are a message of their own
+    for position in range(len(restored) - 1, -1, -1):
         content = _blocks(messages[position].get("content"))
-        first = next(filter(None, (_text(_mapping(block).get("text")) for block in content)), "")
+        first = _first_text(messages[position])
         before = first.removesuffix(files.user_prompt)
         if messages[position].get("role") == "user" and before != first and _PASSAGE in before:
             plain = [_without_prefix(block, before) for block in content]
@@ -4609,13 +4654,22 @@ def _without_passages(
             break
     head = messages[0] if messages else {}
     text = _plain_text(head.get("content"))
-    is_longer = text.startswith(files.system_prompt) and _PASSAGE in text[len(files.system_prompt) :]
-    if head.get("role") == "system" and is_longer:
+    behind = text.removeprefix(files.system_prompt).strip()
+    is_theirs = behind.startswith(_PASSAGES_BEGIN) and behind.endswith(_PASSAGES_END) and _PASSAGE in behind
+    if head.get("role") == "system" and text.startswith(files.system_prompt) and is_theirs:
         restored[0] = {**head, "content": files.system_prompt}
     return restored
 
 
+def _first_text(message: Mapping[str, Any]) -> str:
+    blocks = _blocks(message.get("content"))
+    return next(filter(None, (_text(_mapping(block).get("text")) for block in blocks)), "")
+
+
 _PASSAGE: Final = '<source id="'
+# so Open WebUI's own template begins and ends; behind another one the passages stay
+_PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
+_PASSAGES_END: Final = ("</source>", "</context>")
 
 
 def _without_prefix(block: Any, prefix: str) -> Any:
@@ -7668,7 +7722,9 @@ class MediaIntake:
         self._host = host
         self._clock = clock
         self._resolve_name = resolve_name
-        self._slots = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        self._closed = False
+        self._downloads = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        self._reads = asyncio.Semaphore(_MEDIA_AT_ONCE)  # of the host's files, which no far server holds up
         self._fetchers: dict[frozenset[str], SafeFetcher] = {}
         self._gone: dict[str, float] = {}  # what answers show and nobody has: until when it is not asked for
 
@@ -7678,58 +7734,72 @@ class MediaIntake:
         """What could be had, and of the rest why not; the first of `refs` are the most important."""
         errand = _Errand(request, settings)
         pictures = [ref for ref in refs if ref.kind == "image"]
-        refused = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
-        wanted = [ref for ref in refs if ref not in refused]
+        found = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
+        ahead: deque[tuple[MediaRef, asyncio.Task[MediaBlob]]] = deque()
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._have(ref, errand)) for ref in wanted]
-        return refused | dict(zip(wanted, (task.result() for task in tasks), strict=True))
+            for ref in [ref for ref in refs if ref not in found]:
+                if len(ahead) == _MEDIA_AT_ONCE_PER_REQUEST:
+                    first, task = ahead.popleft()
+                    found[first] = errand.admitted(await task)
+                if errand.is_full:
+                    found[ref] = errand.admitted(MediaBlob(size=1))
+                else:
+                    ahead.append((ref, group.create_task(self._have(ref, errand))))
+            for ref, task in ahead:
+                found[ref] = errand.admitted(await task)
+        return found
 
     async def aclose(self) -> None:
         """Take no more."""
+        self._closed = True
         for fetcher in self._fetchers.values():
             await fetcher.aclose()
 
     async def _have(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
         """One medium, or why it is not sent."""
         try:
-            async with errand.slots, self._slots:
-                errand.check(0)
-                blob = await self._fetch(ref, errand)
-            errand.check(blob.size)
+            blob = await self._fetch(ref, errand)
             _check_kind(ref, blob)
         except PipeError as exc:
             LOGGER.info("a file of a chat was not sent: %s", exc)
             return MediaBlob(name=_name_of(ref.address), reason=str(exc))
-        errand.size += blob.size
         return blob
 
     async def _fetch(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
         request, settings = errand.request, errand.settings
-        most = settings.most_video_bytes if ref.kind == "video" else settings.most_bytes
+        is_film = ref.kind == "video"
+        most = settings.most_video_bytes if is_film else settings.most_bytes
         if file_id := _host_file_id(ref.address, settings.webui_url):
-            return await self._host.inline_file(file_id, request.user_id, most)
-        kept_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{request.user_id} {ref.address}"))
-        if settings.keeps_media:
+            return await self._read(file_id, request, most)
+        kept_id = _kept_id(request.user_id, ref.address) if settings.keeps_media else ""
+        if kept_id:
             with contextlib.suppress(InputError):
-                return await self._host.inline_file(kept_id, request.user_id, most)
-        most = settings.most_video_bytes if ref.kind == "video" else settings.most_remote_bytes
+                return await self._read(kept_id, request, most)
+        most = most if is_film else min(most, settings.most_remote_bytes)
         content = await self._download(ref, settings.trusted_hosts, most)
         blob = await asyncio.to_thread(_blob_of, content, _name_of(ref.address))
         _check_kind(ref, blob)
-        if settings.keeps_media:
+        if kept_id:
             await self._host.save_file(kept_id, blob, content, request)
         return blob
 
+    async def _read(self, file_id: str, request: ChatRequest, most_bytes: int) -> MediaBlob:
+        async with self._reads:
+            return await self._host.inline_file(file_id, request.user_id, most_bytes)
+
     async def _download(self, ref: MediaRef, trusted_hosts: frozenset[str], most_bytes: int) -> bytes:
         """The file at an address; what an answer shows is not waited for long, nor asked for again soon."""
-        if self._gone.get(ref.address, -math.inf) > self._clock():
+        if self._closed:
+            raise AdmissionError(_UPDATED)
+        if ref.in_answer and self._gone.get(ref.address, -math.inf) > self._clock():
             raise InputError("It could not be had a short while ago")
         fetcher = self._fetchers.get(trusted_hosts)
         if fetcher is None:
             fetcher = self._fetchers[trusted_hosts] = SafeFetcher(trusted_hosts, self._resolve_name)
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
-            return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
+            async with self._downloads:
+                return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
         except InputError:
             if ref.in_answer:
                 _drop_oldest(self._gone, _MOST_GONE)
@@ -7738,31 +7808,31 @@ class MediaIntake:
 
 
 class _Errand:
-    """What is fetched for one request: how much so far, and how much at once."""
+    """What is fetched for one request, and how much there is room for; `is_full`: for nothing more."""
 
-    __slots__ = ("_most", "request", "settings", "size", "slots")
+    __slots__ = ("_most", "_size", "is_full", "request", "settings")
 
     def __init__(self, request: ChatRequest, settings: RequestSettings) -> None:
         self.request = request
         self.settings = settings
-        self.size = 0  # in bytes
-        self.slots = asyncio.Semaphore(_MEDIA_AT_ONCE_PER_REQUEST)
+        self.is_full = False
+        self._size = 0  # in bytes
         self._most = settings.most_bytes + settings.most_video_bytes
 
-    def check(self, size: int) -> None:
-        """Raise PayloadTooLargeError if there is no room for so many bytes more."""
-        if self.size + size > self._most:
-            raise PayloadTooLargeError(f"All files together are larger than {_megabytes(self._most)}")
+    def admitted(self, blob: MediaBlob) -> MediaBlob:
+        """`blob`, or why there is no room for it; to be asked in the order of importance."""
+        self.is_full = self.is_full or self._size + blob.size > self._most
+        if self.is_full and not blob.reason:
+            words = f"All files together are larger than {_megabytes(self._most)}"
+            return MediaBlob(name=blob.name, reason=words)
+        self._size += blob.size
+        return blob
 
 
-def _name_of(address: str) -> str:
-    """What a file at an address is called, else its server; those of the host do not say it."""
-    if not address.lower().startswith("http"):
-        return ""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(address)
-        return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
-    return ""
+def _kept_id(user_id: str, address: str) -> str:
+    """The id of the copy that is kept of a file of the web: the same each time, of each person their own."""
+    digest = hashlib.sha256(f"{user_id} {address}".encode("utf-8", "replace")).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=5))
 
 
 def _check_kind(ref: MediaRef, blob: MediaBlob) -> None:
@@ -8279,7 +8349,7 @@ class TurnLoop:
         payload = self._registry.fit(translated.payload, spec)
         upstream = _upstream_request(payload, body, job.valves)
         connection = _with_beta_headers(connection, payload, spec)
-        who = self._host.identity_headers(request)
+        who = await self._host.identity_headers(request)
         connection = connection._replace(headers=(*connection.headers, *who.items()))
         limits = QueueLimits(
             job.valves.STREAMING_CHUNK_QUEUE_MAXSIZE,

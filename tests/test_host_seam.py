@@ -405,7 +405,7 @@ async def test_a_chat_that_does_not_come_is_not_waited_for(
 PERSON: Final = {"id": "user-1", "name": " Zoë\r\nX-Evil: 1 ", "email": "zoe@example.org\n", "role": "user"}
 
 
-def headers(person: Any = PERSON, host_request: Any = None, **changes: Any) -> dict[str, str]:
+async def headers(person: Any = PERSON, host_request: Any = None, **changes: Any) -> dict[str, str]:
     fields: dict[str, Any] = {
         "user_id": "user-1",
         "chat_id": "chat-1",
@@ -413,7 +413,7 @@ def headers(person: Any = PERSON, host_request: Any = None, **changes: Any) -> d
         "host_request": host_request,
     }
     request = ChatRequest(body={}, dialect="browser", model="a/b", **fields | changes)
-    return OpenWebUIHost().identity_headers(request)
+    return await OpenWebUIHost().identity_headers(request)
 
 
 @pytest.fixture
@@ -422,13 +422,13 @@ def forwarding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("open_webui.env.ENABLE_FORWARD_USER_INFO_HEADERS", True)
 
 
-def test_nobody_is_told_who_asks_unless_the_host_says_so() -> None:
-    assert headers() == {}
+async def test_nobody_is_told_who_asks_unless_the_host_says_so() -> None:
+    assert await headers() == {}
 
 
 @pytest.mark.usefixtures("forwarding")
-def test_who_asks() -> None:
-    found = headers(host_request=SimpleNamespace(state=SimpleNamespace(auth_type="api_key")))
+async def test_who_asks() -> None:
+    found = await headers(host_request=SimpleNamespace(state=SimpleNamespace(auth_type="api_key")))
     assert found == {
         "X-OpenWebUI-Auth-Type": "api_key",
         "X-OpenWebUI-User-Name": "Zo%C3%AB%0D%0AX-Evil%3A 1",
@@ -437,29 +437,29 @@ def test_who_asks() -> None:
         "X-OpenWebUI-User-Role": "user",
         "X-OpenWebUI-Chat-Id": "chat-1",
     }
-    assert headers(user_id="") == {}
-    assert "X-OpenWebUI-Chat-Id" not in headers(chat_id="")
+    assert await headers(user_id="") == {}
+    assert "X-OpenWebUI-Chat-Id" not in await headers(chat_id="")
 
 
 @pytest.mark.usefixtures("forwarding")
 @pytest.mark.parametrize(
     "person", [{}, {"id": None, "name": 5, "email": ["x"], "role": {}}, {"name": "\x00ü\x7f"}]
 )
-def test_people_of_whom_little_is_known(person: Any) -> None:
-    found = headers(person)
+async def test_people_of_whom_little_is_known(person: Any) -> None:
+    found = await headers(person)
     assert all(text and text.isascii() and text.isprintable() for text in found.values())
     assert found["X-OpenWebUI-Chat-Id"] == "chat-1"
 
 
 @pytest.mark.usefixtures("forwarding")
-def test_an_older_host(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_older_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not ask for the request, and its values are as they are."""
 
     def include(found: dict[str, str], user: Any) -> dict[str, str]:
         return {**found, "X-OpenWebUI-User-Name": user.name, "X-OpenWebUI-User-Email": user.email}
 
     monkeypatch.setattr("open_webui.utils.headers.include_user_info_headers", include)
-    assert headers() == {
+    assert await headers() == {
         "X-OpenWebUI-User-Name": "ZoX-Evil: 1",
         "X-OpenWebUI-User-Email": "zoe@example.org",
         "X-OpenWebUI-Chat-Id": "chat-1",
@@ -467,12 +467,12 @@ def test_an_older_host(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("forwarding")
-def test_headers_that_cannot_be_made_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_headers_that_cannot_be_made_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def include(found: dict[str, str], user: Any, request: Any = None) -> dict[str, str]:
         raise AttributeError("groups")
 
     monkeypatch.setattr("open_webui.utils.headers.include_user_info_headers", include)
-    assert "X-OpenWebUI-User-Name" not in headers()
+    assert "X-OpenWebUI-User-Name" not in await headers()
 
 
 @pytest.mark.parametrize("forwards", [False, True])
