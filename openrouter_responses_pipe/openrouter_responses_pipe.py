@@ -1634,7 +1634,8 @@ def _name_of(address: str) -> str:
         return ""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
-        return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
+        name = re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]
+        return _shown_name(name) or parts.hostname or ""
     return ""
 
 
@@ -2305,6 +2306,23 @@ class OpenWebUIHost:
             saving = _save_file(file_id, blob, content, request)
             await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
 
+    async def described(self, files: ChatFiles, user_id: str) -> ChatFiles:
+        """The list of files with names and kinds in it; programs name files by their ids alone."""
+        if self.version is None or all(_is_described(file) for file in files.files):
+            return files
+        described = [await self._described(file, user_id) for file in files.files]
+        return files._replace(files=tuple(described))
+
+    async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
+        if _is_described(file):
+            return file
+        looking = _readable_file(_text(file.get("id")), user_id)
+        row = await _host_answer(looking, None, "a file could not be looked up")
+        if row is None:
+            return file
+        meta = _mapping(row.meta)
+        return {**file, "name": _text(meta.get("name")) or _text(row.filename), "meta": meta}
+
     async def questions(self, chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
         """The questions of a saved chat up to this one, oldest first: (text, ids of attached files)."""
         if self.version is None or not chat_id or not question_id:
@@ -2459,6 +2477,11 @@ async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int)
         raise InputError("It is not there any more")
     name = _text(_mapping(row.meta).get("name")) or _text(row.filename)
     return await asyncio.to_thread(_blob_at, path, name, most_bytes)
+
+
+def _is_described(file: Mapping[str, Any]) -> bool:
+    """Whether an entry of the host's list of files says enough; only files can be looked up."""
+    return file.get("type", "file") != "file" or not file.get("id") or bool(file.get("name"))
 
 
 async def _readable_file(file_id: str, user_id: str) -> Any:
@@ -4296,8 +4319,7 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
         return None
     source, name = blob.url, name or blob.name
     if blob.text:
-        name = _shown_name(name).translate(_NOT_IN_TAGS)
-        return {"type": "input_text", "text": f'<file name="{name}">\n{blob.text}\n</file>'}
+        return {"type": "input_text", "text": _file_as_text(name, blob.text)}
     if source.startswith("https://"):
         name = name or _name_of(source)
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
@@ -4311,6 +4333,10 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
     if not _fits(source, history, "file"):
         return None
     return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_data": source}
+
+
+def _file_as_text(name: str, text: str) -> str:
+    return f'<file name="{_shown_name(name).translate(_NOT_IN_TAGS)}">\n{text}\n</file>'
 
 
 _NAMELESS_FILE: Final = "file.pdf"
@@ -4540,22 +4566,32 @@ def _whole_file(file: Mapping[str, Any], spec: ModelSpec, settings: RequestSetti
     address, name = _text(file.get("url")), _text(file.get("name"))
     if _is_youtube(address):
         return _FILE_BLOCKS["video"](address, name) if spec.takes_video else None
-    file_id = _text(file.get("id"))
-    if file.get("type", "file") != "file" or not _HOST_FILE_RE.fullmatch(_host_file_address(file_id)):
+    inner = _mapping(file.get("file"))
+    meta = {**_mapping(file.get("meta")), **_mapping(inner.get("meta"))}
+    file_id, kind = _text(file.get("id")), file.get("type", "file")
+    text = _text(file.get("content")) or _text(_mapping(inner.get("data")).get("content"))
+    if kind in _READ_BY_THE_PAGE and text and spec.reads_whole_files(settings.native_files):
+        return _FILE_BLOCKS["read"](text, name or address) if len(text) <= _room_for_text(spec) else None
+    if kind != "file" or not _HOST_FILE_RE.fullmatch(_host_file_address(file_id)):
         return None
-    meta = _mapping(_mapping(file.get("file")).get("meta"))
     mime = _text(file.get("content_type")) or _text(meta.get("content_type"))
     mime = (mime or _guessed_mime(name)).partition(";")[0]
     kind = next((kind for kind, mimes in _WHOLE_MIMES.items() if mimes.fullmatch(mime)), "")
     size = file.get("size") or meta.get("size")
-    room = _CHARS_PER_TOKEN * (spec.context_length or _USUAL_CONTEXT) / 2
-    is_long = kind == "text" and _is_number(size) and size > room
+    is_long = kind == "text" and _is_number(size) and size > _room_for_text(spec)
     is_taken = {"video": spec.takes_video, "audio": spec.takes_audio, "": False}
     if is_long or not is_taken.get(kind, spec.reads_whole_files(settings.native_files)):
         return None
     return _FILE_BLOCKS[kind](_host_file_address(file_id), name)
 
 
+def _room_for_text(spec: ModelSpec) -> float:
+    """How long a text may be that is sent whole, in characters: half of what the model reads at once."""
+    return _CHARS_PER_TOKEN * (spec.context_length or _USUAL_CONTEXT) / 2
+
+
+# a temporary chat does not upload its files, and web pages are none: the page hands over their text
+_READ_BY_THE_PAGE: Final = ("text", "doc")
 _CHARS_PER_TOKEN: Final = 4
 _USUAL_CONTEXT: Final = 32_000  # tokens of a model of which nobody knows it
 _WHOLE_MIMES: Final[dict[str, re.Pattern[str]]] = {
@@ -4569,6 +4605,7 @@ _FILE_BLOCKS: Final[dict[str, Callable[[str, str], JSONObject]]] = {
         ("file", "text"),
         lambda address, name: {"type": "file", "file": {"file_url": address, "filename": name}},
     ),
+    "read": lambda text, name: {"type": "text", "text": _file_as_text(name, text)},
     "audio": lambda address, name: {"type": "input_audio", "input_audio": {"url": address}},
     "video": lambda address, name: {"type": "video_url", "video_url": {"url": address}},
 }
@@ -4613,7 +4650,8 @@ def _is_question(message: Mapping[str, Any], text: str, keys: Iterable[str]) -> 
     """Whether a message ends with this text; what the host puts before it ends with a line."""
     sent, text = _plain_text(message.get("content")).strip(), text.strip()
     if not text:
-        return any(key in sent for key in keys)
+        is_bare = not sent or (sent.startswith(_PASSAGES_BEGIN) and sent.endswith(_PASSAGES_END))
+        return is_bare or any(key in sent for key in keys)
     return sent.endswith(text) and sent.removesuffix(text)[-1:] in ("", "\n")
 
 
@@ -4627,8 +4665,9 @@ def _sent_whole(blocks: Mapping[str, JSONObject], intake: Intake) -> frozenset[s
     """The keys of the files that could be had."""
 
     def blob(block: JSONObject) -> MediaBlob:
-        kind = _MEDIA_KINDS[block["type"]]
-        return intake.media.get(MediaRef(kind.name, kind.source(block)), _NO_MEDIUM)
+        kind = _MEDIA_KINDS.get(block["type"])
+        ref = MediaRef(kind.name, kind.source(block)) if kind else None
+        return intake.media.get(ref, _NO_MEDIUM) if ref else _NO_MEDIUM
 
     return frozenset(key for key, block in blocks.items() if not blob(block).reason)
 
@@ -4647,18 +4686,32 @@ def _without_passages(
     for position in range(len(restored) - 1, -1, -1):
         content = _blocks(messages[position].get("content"))
         first = _first_text(messages[position])
-        before = first.removesuffix(files.user_prompt)
-        if messages[position].get("role") == "user" and before != first and _PASSAGE in before:
+        before = first.removesuffix(files.user_prompt) if files.user_prompt else first
+        if not files.user_prompt and not first.strip().endswith(_PASSAGES_END):
+            continue
+        is_longer = before != first or not files.user_prompt
+        if messages[position].get("role") == "user" and is_longer and _PASSAGE in before:
             plain = [_without_prefix(block, before) for block in content]
             restored[position] = {**messages[position], "content": plain}
             break
     head = messages[0] if messages else {}
-    text = _plain_text(head.get("content"))
-    behind = text.removeprefix(files.system_prompt).strip()
-    is_theirs = behind.startswith(_PASSAGES_BEGIN) and behind.endswith(_PASSAGES_END) and _PASSAGE in behind
-    if head.get("role") == "system" and text.startswith(files.system_prompt) and is_theirs:
-        restored[0] = {**head, "content": files.system_prompt}
+    if head.get("role") == "system":
+        restored[0] = {
+            **head,
+            "content": _without_their_end(_plain_text(head.get("content")), files.system_prompt),
+        }
     return restored
+
+
+def _without_their_end(text: str, prompt: str) -> str:
+    """A system prompt without the passages at its end; `prompt` may hold the chat's own part twice."""
+    if _PASSAGE not in text or not text.rstrip().endswith(_PASSAGES_END):
+        return text
+    for begin in itertools.islice(_PASSAGES_BEGIN_RE.finditer(text), _MOST_BEGINNINGS):
+        before = text[: begin.start()].strip()
+        if prompt.strip().endswith(before) and bool(before) == bool(prompt.strip()):
+            return before
+    return text
 
 
 def _first_text(message: Mapping[str, Any]) -> str:
@@ -4669,6 +4722,8 @@ def _first_text(message: Mapping[str, Any]) -> str:
 _PASSAGE: Final = '<source id="'
 # so Open WebUI's own template begins and ends; behind another one the passages stay
 _PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
+_PASSAGES_BEGIN_RE: Final = re.compile(r"^(?:### Task:|<context>|<source)", re.MULTILINE)
+_MOST_BEGINNINGS: Final = 20
 _PASSAGES_END: Final = ("</source>", "</context>")
 
 
@@ -4677,11 +4732,19 @@ def _without_prefix(block: Any, prefix: str) -> Any:
     return {**block, "text": text.removeprefix(prefix)} if isinstance(text, str) else block
 
 
+_LOOKED_INTO_BY_TOOLS: Final = ("file", "collection", "note", "chat", "folder")
+
+
 def _missed_files(files: ChatFiles, whole: Container[str], has_tools: bool) -> tuple[str, ...]:
     """A sentence for what is attached and reaches the model in no way."""
-    if files.is_retrieved or has_tools:
+    if files.is_retrieved:
         return ()
-    missed = [file for file in files.files if _file_key(file) not in whole]
+    looked_into = _LOOKED_INTO_BY_TOOLS if has_tools else ()
+    missed = [
+        file
+        for file in files.files
+        if _file_key(file) not in whole and file.get("type", "file") not in looked_into
+    ]
     names = [_shown_name(_text(file.get("name"))) or _UNNAMED["file"] for file in missed]
     return tuple(f"Not sent to the model: {name}. Open WebUI looks into no files for it." for name in names)
 
@@ -8370,6 +8433,8 @@ class TurnLoop:
             InputError: nothing is left to send, or a parameter has a value of the wrong kind.
         """
         request, files = job.request, job.request.files
+        if settings.native_files != "off":
+            files = await self._host.described(files, request.user_id)
         blocks = _whole_files(files, spec, settings)
         if blocks:
             questions = await self._host.questions(request.chat_id, files.question_id)
@@ -8402,7 +8467,7 @@ class TurnLoop:
             if not fetching.done():
                 await job.emitter.send((StatusUpdate(_FETCHING),))
                 await asyncio.wait((fetching,))
-                await job.emitter.send((StatusUpdate(_FETCHING, done=True, hidden=True),))
+                await job.emitter.send((StatusUpdate(_FETCHED, done=True),))
         return fetching.result()
 
     def _opened(self, sealed_texts: Sequence[str], user_id: str) -> Intake:
@@ -8524,6 +8589,7 @@ _INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
 _MOST_TOLD: Final = 1000
 _SILENT_S: Final = 1.0
 _FETCHING: Final = "Fetching the files of this chat"
+_FETCHED: Final = "Fetched the files of this chat"
 # Those that the host offers with every chat are not missed; those that a person has chosen are.
 _TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.

@@ -712,8 +712,11 @@ async def test_who_waits_is_told_what_for(
     given_arguments = given_files([user("hello", block("image", address))])
     given_arguments["__event_emitter__"] = watcher
     assert not (await call(pipe, given_arguments)).error
-    statuses = [data for data in watcher.of("status") if "Fetching" in data["description"]]
-    assert [(data["done"], data.get("hidden", False)) for data in statuses] == [(False, False), (True, True)]
+    statuses = [data for data in watcher.of("status") if "the files of this chat" in data["description"]]
+    assert [(data["description"].split()[0], data["done"]) for data in statuses] == [
+        ("Fetching", False),
+        ("Fetched", True),
+    ]
 
 
 async def test_a_deadline_ends_the_waiting(

@@ -1038,7 +1038,7 @@ async def test_who_waits_for_a_file_is_told(
     web.gate.clear()
 
     def statuses(turn: Turn) -> list[Json]:
-        return [data for data in turn.data("status") if "Fetching the files" in data["description"]]
+        return [data for data in turn.data("status") if "the files of this chat" in data["description"]]
 
     blocks = blocks_of("png", address)
     with valves(host, ALLOW_HTTP_HOSTS=web.netloc):
@@ -1047,7 +1047,10 @@ async def test_who_waits_for_a_file_is_told(
         assert not upstream.asked(blocks[0]["text"].rpartition(" ")[2])
         web.gate.set()
         message = await turn.done()
-    assert [(data["done"], data["hidden"]) for data in statuses(turn)] == [(False, False), (True, True)]
+    assert [(data["description"].split()[0], data["done"]) for data in statuses(turn)] == [
+        ("Fetching", False),
+        ("Fetched", True),
+    ]
     assert "Fetching" not in message["statusHistory"][-1]["description"]
 
 
