@@ -1,7 +1,8 @@
 """Stands in for Open WebUI where it is not installed, and takes the waiting out of tenacity.
 
 Only what the module's host seam (floor 7) asks for is here, and everything answers "nothing there";
-its table of models (`host_models`) keeps what is written, once a test has named an administrator.
+its table of models (`host_models`) keeps what is written, once a test has named an administrator, and its
+files (`host_files`), once a test has named a folder.
 Nothing of this project is replaced. The real host is met in `tests/e2e`.
 
 `tests/conftest.py` imports this file; importing it again changes nothing, and where the real
@@ -11,12 +12,16 @@ Nothing of this project is replaced. The real host is met in `tests/e2e`.
 from __future__ import annotations
 
 import importlib.util
+import io
+import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from contextlib import asynccontextmanager
 from copy import deepcopy
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from urllib.parse import quote
 
 import tenacity
 from pydantic import BaseModel, Field, model_validator
@@ -30,28 +35,19 @@ HOST_VERSION = "0.12.4"
 # module → object → its async methods, each of which answers None
 TABLES: dict[str, dict[str, tuple[str, ...]]] = {
     "models.chats": {
-        "Chats": (
-            "get_chat_by_id",
-            "get_messages_map_by_chat_id",
-            "get_message_by_id_and_message_id",
-            "update_chat_title_by_id",
-        )
+        "Chats": ("get_chat_by_id", "get_message_by_id_and_message_id", "update_chat_title_by_id")
     },
     "models.config": {"Config": ("get",)},
-    "models.files": {"Files": ("get_file_by_id", "insert_new_file", "update_file_metadata_by_id")},
+    "models.files": {"Files": ("update_file_metadata_by_id",)},
     "models.functions": {"Functions": ("get_function_by_id", "get_function_valves_by_id")},
 }
 FUNCTIONS: dict[str, tuple[str, ...]] = {
     "routers.images": ("upload_image",),
     "utils.files": ("get_image_url_from_base64",),
     "utils.access_control": ("has_access",),
-    "utils.access_control.files": ("has_access_to_file",),
     "utils.tool_search": ("resolve_tool_call",),
     "utils.middleware": ("process_tool_result",),
     "utils.models": ("check_model_access",),
-}
-RECORDS: dict[str, tuple[str, ...]] = {
-    "models.files": ("FileForm",),
 }
 
 
@@ -79,16 +75,6 @@ def _module(path: str) -> ModuleType:
 def _fill(module: ModuleType, members: Iterable[tuple[str, object]]) -> None:
     for name, member in members:
         setattr(module, name, member)
-
-
-def _stub_storage() -> object:
-    def upload_file(file: object, filename: str, tags: object = None) -> tuple[bytes, str]:
-        raise FileNotFoundError(filename)
-
-    def get_file(path: str) -> str:
-        raise FileNotFoundError(path)
-
-    return SimpleNamespace(upload_file=upload_file, get_file=get_file)
 
 
 def _stub_database(module: ModuleType) -> None:
@@ -179,8 +165,9 @@ class HostModels:
         self.reset()
 
     def reset(self, admin_id: str = "", hook: HostHook | None = None) -> None:
-        """Begin anew. Without an administrator nobody can own a row."""
+        """Begin anew. Without an administrator nobody can own a row; `user_ids` are the other people."""
         self.admin_id, self.hook = admin_id, hook
+        self.user_ids: set[str] = set()
         self.rows: dict[str, dict[str, Any]] = {}  # as JSON
         self.writes: list[tuple[str, str]] = []  # (what, row id), in order
 
@@ -232,8 +219,8 @@ class HostModels:
         if row_id in self.rows:
             self.rows[row_id]["access_grants"] = grants or []
 
-    async def get_user_by_id(self, user_id: str) -> None:
-        return None
+    async def get_user_by_id(self, user_id: str) -> SimpleNamespace | None:
+        return SimpleNamespace(id=user_id, role="user") if user_id in self.user_ids else None
 
     async def get_super_admin_user(self) -> SimpleNamespace | None:
         return SimpleNamespace(id=self.admin_id) if self.admin_id else None
@@ -253,8 +240,152 @@ def _stub_models() -> None:
     _fill(_module("config"), [("BYPASS_ADMIN_ACCESS_CONTROL", True)])
 
 
+class FileForm(BaseModel):
+    """A row of the file table, as it is handed in."""
+
+    id: str
+    hash: str | None = None
+    filename: str
+    path: str
+    data: dict[str, Any] = {}
+    meta: dict[str, Any] = {}
+
+
+class HostFiles:
+    """Open WebUI 0.12's files: their rows, their storage, who may read them, and the chats they are in.
+
+    As there: a read or an insert that fails answers that there is none; local storage hands out the path it
+    is given, whether or not something is there, and storage elsewhere ("s3://…", here the folder `bucket`)
+    copies the file; to its owner a file need not be opened, and whose grants let them read is in `readers`.
+    """
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self, folder: Path | None = None, hook: HostHook | None = None) -> None:
+        """Begin anew. Without a folder nothing can be stored.
+
+        The hook is called with "read", "insert", "access", "messages" or "link".
+        """
+        self.folder, self.hook = folder, hook
+        self.storage_hook: Callable[[str, str], None] | None = None  # ("get" or "put", path), in a thread
+        self.rows: dict[str, SimpleNamespace] = {}
+        self.readers: set[tuple[str, str]] = set()  # (file id, user id)
+        self.messages: dict[str, dict[str, dict[str, Any]]] = {}  # chat id → message id → message
+        self.links: list[tuple[str, str, str, str]] = []  # (chat id, message id, file id, user id)
+        self.tags: dict[str, dict[str, str]] = {}  # file name → what the storage was told of it
+
+    async def _begin(self, what: str, row_id: str) -> None:
+        if self.hook is not None:
+            await self.hook(what, row_id)
+
+    async def get_file_by_id(self, file_id: str) -> SimpleNamespace | None:
+        try:
+            await self._begin("read", file_id)
+        except Exception:
+            return None
+        return deepcopy(self.rows.get(file_id))
+
+    async def insert_new_file(self, user_id: str, form: FileForm) -> SimpleNamespace | None:
+        try:
+            await self._begin("insert", form.id)
+        except Exception:
+            return None
+        if form.id in self.rows:
+            return None
+        self.rows[form.id] = SimpleNamespace(**form.model_dump(), user_id=user_id)
+        return deepcopy(self.rows[form.id])
+
+    async def has_access_to_file(self, file_id: str, access_type: str, user: SimpleNamespace) -> bool:
+        await self._begin("access", file_id)
+        row = self.rows.get(file_id)
+        may_read = access_type == "read" and (file_id, user.id) in self.readers
+        return row is not None and (row.user_id == user.id or may_read)
+
+    async def get_messages_map_by_chat_id(self, chat_id: str) -> dict[str, dict[str, Any]] | None:
+        await self._begin("messages", chat_id)
+        return deepcopy(self.messages.get(chat_id))
+
+    async def insert_chat_files(
+        self, chat_id: str, message_id: str, file_ids: list[str], user_id: str
+    ) -> list[SimpleNamespace] | None:
+        linked = {file_id for chat, _, file_id, _ in self.links if chat == chat_id}
+        fresh = [
+            file_id
+            for file_id in dict.fromkeys(file_ids)
+            if file_id not in linked and file_id in self.rows and self.rows[file_id].user_id == user_id
+        ]
+        if not fresh:
+            return None
+        await self._begin("link", chat_id)
+        self.links += [(chat_id, message_id, file_id, user_id) for file_id in fresh]
+        return [SimpleNamespace(chat_id=chat_id, file_id=file_id) for file_id in fresh]
+
+    def upload_file(self, file: io.BytesIO, filename: str, tags: dict[str, str]) -> tuple[bytes, str]:
+        if self.storage_hook is not None:
+            self.storage_hook("put", filename)
+        content = file.read()
+        if not content or self.folder is None:
+            raise ValueError("The content provided is empty.")
+        path = self.folder / filename
+        path.write_bytes(content)
+        self.tags[filename] = tags
+        return content, str(path)
+
+    def get_file(self, path: str) -> str:
+        if self.storage_hook is not None:
+            self.storage_hook("get", path)
+        if self.folder is None:
+            raise FileNotFoundError(path)
+        if not str(path).startswith("s3://"):  # of a row without a path there is none here either
+            return path
+        name = path.split("/")[-1]
+        try:
+            shutil.copy(self.folder / "bucket" / name, self.folder / name)
+        except OSError as exc:
+            raise RuntimeError(f"Error downloading file from S3: {exc}") from exc
+        return str(self.folder / name)
+
+
+host_files = HostFiles()
+
+
+def _stub_files() -> None:
+    for table in (_module("models.files").Files, _module("models.chats").Chats):
+        table.get_file_by_id, table.insert_new_file = host_files.get_file_by_id, host_files.insert_new_file
+        table.get_messages_map_by_chat_id = host_files.get_messages_map_by_chat_id
+        table.insert_chat_files = host_files.insert_chat_files
+    _fill(_module("models.files"), [("FileForm", FileForm)])
+    _fill(_module("storage.provider"), [("Storage", host_files)])
+    _fill(_module("utils.access_control.files"), [("has_access_to_file", host_files.has_access_to_file)])
+
+
+def include_user_info_headers(
+    headers: dict[str, str], user: Any = None, *, request: Any = None
+) -> dict[str, str]:
+    """Who asks, as Open WebUI 0.12 tells others where no key is set to sign it with."""
+    if user is None:
+        return headers
+    auth_type = getattr(getattr(request, "state", None), "auth_type", None)
+    if auth_type in ("api_key", "jwt"):
+        headers = {**headers, "X-OpenWebUI-Auth-Type": auth_type}
+    return {
+        **headers,
+        "X-OpenWebUI-User-Name": quote(user.name.strip(), safe=" "),
+        "X-OpenWebUI-User-Id": user.id,
+        "X-OpenWebUI-User-Email": user.email.strip(),
+        "X-OpenWebUI-User-Role": user.role,
+    }
+
+
 def _stub_host() -> None:
-    env = {"VERSION": HOST_VERSION, "WEBUI_SECRET_KEY": "", "DATABASE_SCHEMA": None}
+    env = {
+        "VERSION": HOST_VERSION,
+        "WEBUI_SECRET_KEY": "",
+        "DATABASE_SCHEMA": None,
+        "ENABLE_FORWARD_USER_INFO_HEADERS": False,
+        "FORWARD_SESSION_INFO_HEADER_CHAT_ID": "X-OpenWebUI-Chat-Id",
+    }
     _fill(_module("env"), env.items())
     for path, tables in TABLES.items():
         for name, methods in tables.items():
@@ -262,9 +393,8 @@ def _stub_host() -> None:
             setattr(_module(path), name, table)
     for path, names in FUNCTIONS.items():
         _fill(_module(path), ((name, _answers_none(name)) for name in names))
-    for path, names in RECORDS.items():
-        _fill(_module(path), ((name, type(name, (SimpleNamespace,), {})) for name in names))
-    _module("storage.provider").Storage = _stub_storage()  # type: ignore[attr-defined]  # made here
+    _fill(_module("utils.headers"), [("include_user_info_headers", include_user_info_headers)])
+    _stub_files()
     _fill(_module("models.chat_messages"), [("ChatMessage", ChatMessage)])
     _stub_models()
     _stub_database(_module("internal.db"))

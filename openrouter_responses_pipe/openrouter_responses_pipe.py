@@ -195,9 +195,15 @@ _NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes
 _MARKUP_RE: Final = re.compile(
     rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
 )
-# ![alt](address "title"): what a page shows as a picture
+# ![alt](address "title"), what a page shows as a picture; possessive, so that no text takes long to search
 _MARKDOWN_IMAGE_RE: Final = re.compile(
-    r"""!\[([^\]\n]{0,1000})\]\(\s{0,9}<?([^\s()<>]+)>?(?:\s{1,9}["'][^"'\n]{0,1000}["'])?\s{0,9}\)"""
+    r"!\[((?:[^\[\]\n]++|\[[^\[\]\n]*+\])*+)\]\(\s{0,9}+<?((?:[^\s()<>]++|\([^\s()<>]*+\))++)>?"
+    r"""(?:\s{1,9}+(?:"[^"\n]*+"|'[^'\n]*+'|\([^()\n]*+\)))?\s{0,9}+\)"""
+)
+_DATA_ADDRESS_RE: Final = re.compile(r"(\]\(\s{0,9}+<?)data:[^\s()<>]*+")
+_TEXT_NAME_RE: Final = re.compile(
+    r".*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)",
+    re.IGNORECASE | re.DOTALL,
 )
 _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
@@ -1700,7 +1706,7 @@ _SIGNATURES: Final[dict[bytes, str]] = {
     rb".{4}ftypM4[AB] ": "audio/mp4",
     rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
     rb".{4}ftyp": "video/mp4",
-    rb"\s{0,9}%PDF-": "application/pdf",
+    rb"(?:\xef\xbb\xbf)?\s{0,9}%PDF-|.{0,1000}?[\r\n]%PDF-\d\.\d\s{1,2}%[\x80-\xff]": "application/pdf",
     rb"RIFF.{4}WAVE": "audio/wav",
     rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
     rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
@@ -1742,31 +1748,50 @@ def _blob_of(content: bytes, name: str) -> MediaBlob:
     mime = _sniffed(content)
     if mime in _PERHAPS_TEXT and (text := _text_of(content, name)):
         return MediaBlob(name=name, mime="text/plain", size=len(content), text=text)
-    if mime == "application/octet-stream":
-        mime = mimetypes.guess_type(name)[0] or mime
+    if mime == "application/octet-stream" and _OFFICE_MIME_RE.fullmatch(_guessed_mime(name)):
+        mime = _guessed_mime(name)  # a kind of file, but none that the first bytes would show
     whole = memoryview(content)
     pieces = (whole[start : start + _ENCODED_AT_ONCE] for start in range(0, len(content), _ENCODED_AT_ONCE))
     return MediaBlob(_data_url(pieces, mime), name, mime, len(content))
 
 
+_OFFICE_MIME_RE: Final = re.compile(r"application/(?!pdf$).+")
 _PERHAPS_TEXT: Final = ("text/plain", "text/html", "image/svg+xml", "application/octet-stream")
 
 
 def _text_of(content: bytes, name: str) -> str:
     """The text in a file, "" if it holds none; the code page of Windows only where its name says text."""
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return content.decode("utf-16", "replace")
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        is_text = (mimetypes.guess_type(name)[0] or "").startswith("text/")
-        text = content.decode("cp1252", "replace") if is_text else ""
+    is_wide = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    text = ""
+    with contextlib.suppress(UnicodeDecodeError):
+        text = content.decode("utf-16" if is_wide else "utf-8-sig")
+    if not text and not is_wide and _TEXT_NAME_RE.fullmatch(name):
+        text = content.decode("cp1252", "replace")
     return "" if "\0" in text else text
 
 
+def _guessed_mime(name: str) -> str:
+    """What a file should be by its name."""
+    with contextlib.suppress(ValueError):  # some versions read a name as an address
+        return mimetypes.guess_type(name)[0] or ""
+    return ""
+
+
+def _name_of(address: str) -> str:
+    """What a file at an address is called, else its server; those of the host do not say it."""
+    if not address.lower().startswith("http"):
+        return ""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(address)
+        name = re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]
+        return _shown_name(name) or parts.hostname or ""
+    return ""
+
+
 def _shown_name(name: str) -> str:
-    """A name that somebody gave to a file, fit for one line."""
-    return " ".join(name.split())[:80]
+    """A name that somebody gave to a file, fit for one line: nothing in it that cannot be seen."""
+    plain = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())
+    return plain[:80]
 
 
 def _host_file_id(address: str, webui_url: str = "") -> str:
@@ -2667,6 +2692,23 @@ class OpenWebUIHost:
             saving = _save_file(file_id, blob, content, request)
             await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
 
+    async def described(self, files: ChatFiles, user_id: str) -> ChatFiles:
+        """The list of files with names and kinds in it; programs name files by their ids alone."""
+        if self.version is None or all(_is_described(file) for file in files.files):
+            return files
+        described = [await self._described(file, user_id) for file in files.files]
+        return files._replace(files=tuple(described))
+
+    async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
+        if _is_described(file):
+            return file
+        looking = _readable_file(_text(file.get("id")), user_id)
+        row = await _host_answer(looking, None, "a file could not be looked up")
+        if row is None:
+            return file
+        meta = _mapping(row.meta)
+        return {**file, "name": _text(meta.get("name")) or _text(row.filename), "meta": meta}
+
     async def questions(self, chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
         """The questions of a saved chat up to this one, oldest first: (text, ids of attached files)."""
         if self.version is None or not chat_id or not question_id:
@@ -2674,25 +2716,11 @@ class OpenWebUIHost:
         asking = _questions(chat_id, question_id)
         return await _host_answer(asking, [], "where files were attached could not be read")
 
-    def identity_headers(self, request: ChatRequest) -> dict[str, str]:
+    async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
         """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
         if self.version is None or not request.user_id:
             return {}
-        try:
-            from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
-            from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
-                include_user_info_headers,
-            )
-        except ImportError:
-            return {}
-        if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
-            return {}
-        texts = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
-        headers = _user_headers(
-            include_user_info_headers, types.SimpleNamespace(**texts), request.host.request
-        )
-        if request.chat_id:
-            headers[host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID] = request.chat_id
+        headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
 
     async def call_tool(
@@ -2865,8 +2893,15 @@ async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int)
     # Where files are kept elsewhere (S3 …) this downloads it.
     fetching = asyncio.to_thread(Storage.get_file, row.path)
     path = await _host_answer(fetching, "", "a file could not be had from the storage", _STORAGE_S)
+    if not path:
+        raise InputError("It is not there any more")
     name = _text(_mapping(row.meta).get("name")) or _text(row.filename)
     return await asyncio.to_thread(_blob_at, path, name, most_bytes)
+
+
+def _is_described(file: Mapping[str, Any]) -> bool:
+    """Whether an entry of the host's list of files says enough; only files can be looked up."""
+    return file.get("type", "file") != "file" or not file.get("id") or bool(file.get("name"))
 
 
 async def _readable_file(file_id: str, user_id: str) -> Any:
@@ -2904,7 +2939,7 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
     from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
 
     tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
-    plain_name = re.sub(r"[^\w.-]+", "_", blob.name)[-80:]
+    plain_name = re.sub(r"[^\w.-]+", "_", blob.name).encode()[-80:].decode(errors="ignore")
     _, path = await asyncio.to_thread(
         Storage.upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
     )
@@ -3044,12 +3079,23 @@ def _tool_sources(
     return tuple(dict(source) for source in _objects(found))
 
 
-def _user_headers(include: Callable[..., dict[str, str]], user: Any, request: Any) -> dict[str, str]:
-    """The host's headers for a person; older ones do not ask for the request."""
+async def _identity_headers(request: ChatRequest) -> dict[str, str]:
+    from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
+    from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
+        include_user_info_headers,
+    )
+
+    if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
+        return {}
+    user = types.SimpleNamespace(
+        **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
+    )
     try:
-        return include({}, user, request=request)
-    except TypeError:
-        return include({}, user)
+        headers = include_user_info_headers({}, user, request=request.host.request)
+    except TypeError:  # older ones do not ask for the request
+        headers = include_user_info_headers({}, user)
+    chat = {host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID: request.chat_id} if request.chat_id else {}
+    return {**headers, **chat}
 
 
 async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[bytes, None]:
@@ -4253,7 +4299,7 @@ def plan_intake(
     shown = _pictures_of_answers(messages, spec, settings)
     for position in sorted(shown, reverse=True):
         addresses = [address for address in shown[position] if not address.startswith("data:")]
-        media += [MediaRef("image", address, True) for address in addresses]
+        media += [MediaRef("image", address, in_answer=True) for address in addresses]
     return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)))
 
 
@@ -4451,8 +4497,8 @@ def _add_answer(history: _History, text: str, phase: str = "") -> None:
 
 def _clean_answer(text: str) -> str:
     """An answer as the model wrote it: without marks of other pipes and what was only shown."""
-    if "](data:" in text:  # a whole picture in base64; what can be shown goes as a picture
-        text = _MARKDOWN_IMAGE_RE.sub(_without_data, text)
+    if "data:" in text:  # a whole picture in base64; what can be shown goes as a picture
+        text = _DATA_ADDRESS_RE.sub(r"\1data", text)
     if "]: #" in text:
         text = _MARKER_LINE_RE.sub("", text)
     if "<details" in text:
@@ -4460,10 +4506,6 @@ def _clean_answer(text: str) -> str:
     if "<think>" in text:
         text = _without_blocks(text, _THINK_RE, "</think>")
     return text
-
-
-def _without_data(match: re.Match[str]) -> str:
-    return f"![{match[1]}](data)" if match[2].startswith("data:") else match[0]
 
 
 def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
@@ -4882,15 +4924,14 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
         return None
     source, name = blob.url, name or blob.name
     if blob.text:
-        name = name.replace('"', "'")
-        return {"type": "input_text", "text": f'<file name="{name}">\n{blob.text}\n</file>'}
+        return {"type": "input_text", "text": _file_as_text(name, blob.text)}
     if source.startswith("https://"):
-        name = name or urlsplit(source).path.rpartition("/")[2]
+        name = name or _name_of(source)
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
     if not source and _text(file.get("file_id")):
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
     if source and not source.startswith("data:"):
-        source = f"data:{mimetypes.guess_type(name)[0] or 'application/pdf'};base64,{source}"
+        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not source:
         history.leave_out("file")
         return None
@@ -4899,7 +4940,12 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
     return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_data": source}
 
 
+def _file_as_text(name: str, text: str) -> str:
+    return f'<file name="{_shown_name(name).translate(_NOT_IN_TAGS)}">\n{text}\n</file>'
+
+
 _NAMELESS_FILE: Final = "file.pdf"
+_NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
 
 
 def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
@@ -5042,16 +5088,20 @@ def _pictures_of_answers(
     ]
     if not answers:
         return {}
-    room = settings.most_images - sum(
-        _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
+    asked = [
+        _image_source(block)
         for message in messages
         if message.get("role") == "user"
         for block in _objects(message.get("content"))
-    )
+        if _MEDIA_KINDS.get(_text(block.get("type"))) is _IMAGE
+    ]
+    room, seen = settings.most_images - len(asked), set(asked)
     found: dict[int, list[str]] = {}
     for position, message in reversed(answers):
-        if room > 0 and (pictures := _pictures_in(message, settings.webui_url)):
+        pictures = [url for url in _pictures_in(message, settings.webui_url) if url not in seen]
+        if room > 0 and pictures:
             found[position] = pictures[-room:]
+            seen.update(found[position])
             room -= len(found[position])
     return found
 
@@ -5078,10 +5128,22 @@ def _shown_parts(addresses: Iterable[str], intake: Intake, settings: RequestSett
         if not address.startswith("data:image/"):
             urls.append(intake.media.get(MediaRef("image", address, True), _NO_MEDIUM).url)
             continue
-        with contextlib.suppress(InputError):
-            _validate_base64_size(address[address.find(",") + 1 :], settings.most_bytes)
+        if _is_picture_data(address, settings.most_bytes):
             urls.append(address)
     return [_image_part(url) for url in urls if url]
+
+
+def _is_picture_data(address: str, most_bytes: int) -> bool:
+    """Whether a data URL holds a picture, and nothing that only says that it is one."""
+    head, _, content = address.partition(",")
+    if not head.endswith(";base64"):
+        return False
+    try:
+        _validate_base64_size(content, most_bytes)
+        kind = _sniffed(base64.b64decode(content[: _SNIFFED_BYTES // 3 * 4] + "===", validate=False))
+    except (InputError, ValueError):
+        return False
+    return kind.startswith("image/") and kind != "image/svg+xml"
 
 
 _NO_MEDIUM: Final = MediaBlob()
@@ -5109,22 +5171,34 @@ def _whole_file(file: Mapping[str, Any], spec: ModelSpec, settings: RequestSetti
     address, name = _text(file.get("url")), _text(file.get("name"))
     if _is_youtube(address):
         return _FILE_BLOCKS["video"](address, name) if spec.takes_video else None
-    file_id = _text(file.get("id"))
-    if file.get("type", "file") != "file" or not _HOST_FILE_RE.fullmatch(_host_file_address(file_id)):
+    inner = _mapping(file.get("file"))
+    meta = {**_mapping(file.get("meta")), **_mapping(inner.get("meta"))}
+    file_id, kind = _text(file.get("id")), file.get("type", "file")
+    text = _text(file.get("content")) or _text(_mapping(inner.get("data")).get("content"))
+    if kind in _READ_BY_THE_PAGE and text and spec.reads_whole_files(settings.native_files):
+        return _FILE_BLOCKS["read"](text, name or address) if len(text) <= _room_for_text(spec) else None
+    if kind != "file" or not _HOST_FILE_RE.fullmatch(_host_file_address(file_id)):
         return None
-    meta = _mapping(_mapping(file.get("file")).get("meta"))
     mime = _text(file.get("content_type")) or _text(meta.get("content_type"))
-    mime = (mime or mimetypes.guess_type(name)[0] or "").partition(";")[0]
+    mime = (mime or _guessed_mime(name)).partition(";")[0]
     kind = next((kind for kind, mimes in _WHOLE_MIMES.items() if mimes.fullmatch(mime)), "")
     size = file.get("size") or meta.get("size")
-    is_long = kind == "text" and _is_number(size) and size > _CHARS_PER_TOKEN * (spec.context_length or 0) / 2
+    is_long = kind == "text" and _is_number(size) and size > _room_for_text(spec)
     is_taken = {"video": spec.takes_video, "audio": spec.takes_audio, "": False}
     if is_long or not is_taken.get(kind, spec.reads_whole_files(settings.native_files)):
         return None
     return _FILE_BLOCKS[kind](_host_file_address(file_id), name)
 
 
+def _room_for_text(spec: ModelSpec) -> float:
+    """How long a text may be that is sent whole, in characters: half of what the model reads at once."""
+    return _CHARS_PER_TOKEN * (spec.context_length or _USUAL_CONTEXT) / 2
+
+
+# a temporary chat does not upload its files, and web pages are none: the page hands over their text
+_READ_BY_THE_PAGE: Final = ("text", "doc")
 _CHARS_PER_TOKEN: Final = 4
+_USUAL_CONTEXT: Final = 32_000  # tokens of a model of which nobody knows it
 _WHOLE_MIMES: Final[dict[str, re.Pattern[str]]] = {
     "file": re.compile(r"application/pdf"),
     "text": re.compile(r"text/.+|application/(?:json|xml|(?:x-)?(?:yaml|toml|javascript|sh|sql|ndjson))"),
@@ -5136,6 +5210,7 @@ _FILE_BLOCKS: Final[dict[str, Callable[[str, str], JSONObject]]] = {
         ("file", "text"),
         lambda address, name: {"type": "file", "file": {"file_url": address, "filename": name}},
     ),
+    "read": lambda text, name: {"type": "text", "text": _file_as_text(name, text)},
     "audio": lambda address, name: {"type": "input_audio", "input_audio": {"url": address}},
     "video": lambda address, name: {"type": "video_url", "video_url": {"url": address}},
 }
@@ -5177,8 +5252,12 @@ def _with_files(
 
 
 def _is_question(message: Mapping[str, Any], text: str, keys: Iterable[str]) -> bool:
-    sent = _plain_text(message.get("content"))
-    return text.strip() in sent if text.strip() else any(key in sent for key in keys)
+    """Whether a message ends with this text; what the host puts before it ends with a line."""
+    sent, text = _plain_text(message.get("content")).strip(), text.strip()
+    if not text:
+        is_bare = not sent or (sent.startswith(_PASSAGES_BEGIN) and sent.endswith(_PASSAGES_END))
+        return is_bare or any(key in sent for key in keys)
+    return sent.endswith(text) and sent.removesuffix(text)[-1:] in ("", "\n")
 
 
 def _blocks(content: Any) -> list[Any]:
@@ -5191,8 +5270,9 @@ def _sent_whole(blocks: Mapping[str, JSONObject], intake: Intake) -> frozenset[s
     """The keys of the files that could be had."""
 
     def blob(block: JSONObject) -> MediaBlob:
-        kind = _MEDIA_KINDS[block["type"]]
-        return intake.media.get(MediaRef(kind.name, kind.source(block)), _NO_MEDIUM)
+        kind = _MEDIA_KINDS.get(block["type"])
+        ref = MediaRef(kind.name, kind.source(block)) if kind else None
+        return intake.media.get(ref, _NO_MEDIUM) if ref else _NO_MEDIUM
 
     return frozenset(key for key, block in blocks.items() if not blob(block).reason)
 
@@ -5204,23 +5284,52 @@ def _without_passages(
     if not files.sources or not whole.issuperset(files.sources):
         return messages
     restored = list(messages)
-    for position in range(len(messages) - 1, -1, -1):
+    last = _first_text(messages[-1]) if messages else ""
+    is_apart = len(messages) > 1 and messages[-2].get("role") == "assistant"
+    if is_apart and _PASSAGE in last and not last.endswith(files.user_prompt):
+        restored.pop()  # Continue: with no question at the end, they are a message of their own
+    for position in range(len(restored) - 1, -1, -1):
         content = _blocks(messages[position].get("content"))
-        first = next(filter(None, (_text(_mapping(block).get("text")) for block in content)), "")
-        before = first.removesuffix(files.user_prompt)
-        if messages[position].get("role") == "user" and before != first and _PASSAGE in before:
+        first = _first_text(messages[position])
+        before = first.removesuffix(files.user_prompt) if files.user_prompt else first
+        if not files.user_prompt and not first.strip().endswith(_PASSAGES_END):
+            continue
+        is_longer = before != first or not files.user_prompt
+        if messages[position].get("role") == "user" and is_longer and _PASSAGE in before:
             plain = [_without_prefix(block, before) for block in content]
             restored[position] = {**messages[position], "content": plain}
             break
     head = messages[0] if messages else {}
-    text = _plain_text(head.get("content"))
-    is_longer = text.startswith(files.system_prompt) and _PASSAGE in text[len(files.system_prompt) :]
-    if head.get("role") == "system" and is_longer:
-        restored[0] = {**head, "content": files.system_prompt}
+    if head.get("role") == "system":
+        restored[0] = {
+            **head,
+            "content": _without_their_end(_plain_text(head.get("content")), files.system_prompt),
+        }
     return restored
 
 
+def _without_their_end(text: str, prompt: str) -> str:
+    """A system prompt without the passages at its end; `prompt` may hold the chat's own part twice."""
+    if _PASSAGE not in text or not text.rstrip().endswith(_PASSAGES_END):
+        return text
+    for begin in itertools.islice(_PASSAGES_BEGIN_RE.finditer(text), _MOST_BEGINNINGS):
+        before = text[: begin.start()].strip()
+        if prompt.strip().endswith(before) and bool(before) == bool(prompt.strip()):
+            return before
+    return text
+
+
+def _first_text(message: Mapping[str, Any]) -> str:
+    blocks = _blocks(message.get("content"))
+    return next(filter(None, (_text(_mapping(block).get("text")) for block in blocks)), "")
+
+
 _PASSAGE: Final = '<source id="'
+# so Open WebUI's own template begins and ends; behind another one the passages stay
+_PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
+_PASSAGES_BEGIN_RE: Final = re.compile(r"^(?:### Task:|<context>|<source)", re.MULTILINE)
+_MOST_BEGINNINGS: Final = 20
+_PASSAGES_END: Final = ("</source>", "</context>")
 
 
 def _without_prefix(block: Any, prefix: str) -> Any:
@@ -5228,11 +5337,19 @@ def _without_prefix(block: Any, prefix: str) -> Any:
     return {**block, "text": text.removeprefix(prefix)} if isinstance(text, str) else block
 
 
+_LOOKED_INTO_BY_TOOLS: Final = ("file", "collection", "note", "chat", "folder")
+
+
 def _missed_files(files: ChatFiles, whole: Container[str], has_tools: bool) -> tuple[str, ...]:
     """A sentence for what is attached and reaches the model in no way."""
-    if files.is_retrieved or has_tools:
+    if files.is_retrieved:
         return ()
-    missed = [file for file in files.files if _file_key(file) not in whole]
+    looked_into = _LOOKED_INTO_BY_TOOLS if has_tools else ()
+    missed = [
+        file
+        for file in files.files
+        if _file_key(file) not in whole and file.get("type", "file") not in looked_into
+    ]
     names = [_shown_name(_text(file.get("name"))) or _UNNAMED["file"] for file in missed]
     return tuple(f"Not sent to the model: {name}. Open WebUI looks into no files for it." for name in names)
 
@@ -8385,7 +8502,9 @@ class MediaIntake:
         self._host = host
         self._clock = clock
         self._resolve_name = resolve_name
-        self._slots = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        self._closed = False
+        self._downloads = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        self._reads = asyncio.Semaphore(_MEDIA_AT_ONCE)  # of the host's files, which no far server holds up
         self._fetchers: dict[frozenset[str], SafeFetcher] = {}
         self._gone: dict[str, float] = {}  # what answers show and nobody has: until when it is not asked for
 
@@ -8395,58 +8514,72 @@ class MediaIntake:
         """What could be had, and of the rest why not; the first of `refs` are the most important."""
         errand = _Errand(request, settings)
         pictures = [ref for ref in refs if ref.kind == "image"]
-        refused = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
-        wanted = [ref for ref in refs if ref not in refused]
+        found = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
+        ahead: deque[tuple[MediaRef, asyncio.Task[MediaBlob]]] = deque()
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._have(ref, errand)) for ref in wanted]
-        return refused | dict(zip(wanted, (task.result() for task in tasks), strict=True))
+            for ref in [ref for ref in refs if ref not in found]:
+                if len(ahead) == _MEDIA_AT_ONCE_PER_REQUEST:
+                    first, task = ahead.popleft()
+                    found[first] = errand.admitted(await task)
+                if errand.is_full:
+                    found[ref] = errand.admitted(MediaBlob(size=1))
+                else:
+                    ahead.append((ref, group.create_task(self._have(ref, errand))))
+            for ref, task in ahead:
+                found[ref] = errand.admitted(await task)
+        return found
 
     async def aclose(self) -> None:
         """Take no more."""
+        self._closed = True
         for fetcher in self._fetchers.values():
             await fetcher.aclose()
 
     async def _have(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
         """One medium, or why it is not sent."""
         try:
-            async with errand.slots, self._slots:
-                errand.check(0)
-                blob = await self._fetch(ref, errand)
-            errand.check(blob.size)
+            blob = await self._fetch(ref, errand)
             _check_kind(ref, blob)
         except PipeError as exc:
             LOGGER.info("a file of a chat was not sent: %s", exc)
             return MediaBlob(name=_name_of(ref.address), reason=str(exc))
-        errand.size += blob.size
         return blob
 
     async def _fetch(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
         request, settings = errand.request, errand.settings
-        most = settings.most_video_bytes if ref.kind == "video" else settings.most_bytes
+        is_film = ref.kind == "video"
+        most = settings.most_video_bytes if is_film else settings.most_bytes
         if file_id := _host_file_id(ref.address, settings.webui_url):
-            return await self._host.inline_file(file_id, request.user_id, most)
-        kept_id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{request.user_id} {ref.address}"))
-        if settings.keeps_media:
+            return await self._read(file_id, request, most)
+        kept_id = _kept_id(request.user_id, ref.address) if settings.keeps_media else ""
+        if kept_id:
             with contextlib.suppress(InputError):
-                return await self._host.inline_file(kept_id, request.user_id, most)
-        most = settings.most_video_bytes if ref.kind == "video" else settings.most_remote_bytes
+                return await self._read(kept_id, request, most)
+        most = most if is_film else min(most, settings.most_remote_bytes)
         content = await self._download(ref, settings.trusted_hosts, most)
         blob = await asyncio.to_thread(_blob_of, content, _name_of(ref.address))
         _check_kind(ref, blob)
-        if settings.keeps_media:
+        if kept_id:
             await self._host.save_file(kept_id, blob, content, request)
         return blob
 
+    async def _read(self, file_id: str, request: ChatRequest, most_bytes: int) -> MediaBlob:
+        async with self._reads:
+            return await self._host.inline_file(file_id, request.user_id, most_bytes)
+
     async def _download(self, ref: MediaRef, trusted_hosts: frozenset[str], most_bytes: int) -> bytes:
         """The file at an address; what an answer shows is not waited for long, nor asked for again soon."""
-        if self._gone.get(ref.address, -math.inf) > self._clock():
+        if self._closed:
+            raise AdmissionError(_UPDATED)
+        if ref.in_answer and self._gone.get(ref.address, -math.inf) > self._clock():
             raise InputError("It could not be had a short while ago")
         fetcher = self._fetchers.get(trusted_hosts)
         if fetcher is None:
             fetcher = self._fetchers[trusted_hosts] = SafeFetcher(trusted_hosts, self._resolve_name)
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
-            return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
+            async with self._downloads:
+                return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
         except InputError:
             if ref.in_answer:
                 _drop_oldest(self._gone, _MOST_GONE)
@@ -8455,31 +8588,31 @@ class MediaIntake:
 
 
 class _Errand:
-    """What is fetched for one request: how much so far, and how much at once."""
+    """What is fetched for one request, and how much there is room for; `is_full`: for nothing more."""
 
-    __slots__ = ("_most", "request", "settings", "size", "slots")
+    __slots__ = ("_most", "_size", "is_full", "request", "settings")
 
     def __init__(self, request: ChatRequest, settings: RequestSettings) -> None:
         self.request = request
         self.settings = settings
-        self.size = 0  # in bytes
-        self.slots = asyncio.Semaphore(_MEDIA_AT_ONCE_PER_REQUEST)
+        self.is_full = False
+        self._size = 0  # in bytes
         self._most = settings.most_bytes + settings.most_video_bytes
 
-    def check(self, size: int) -> None:
-        """Raise PayloadTooLargeError if there is no room for so many bytes more."""
-        if self.size + size > self._most:
-            raise PayloadTooLargeError(f"All files together are larger than {_megabytes(self._most)}")
+    def admitted(self, blob: MediaBlob) -> MediaBlob:
+        """`blob`, or why there is no room for it; to be asked in the order of importance."""
+        self.is_full = self.is_full or self._size + blob.size > self._most
+        if self.is_full and not blob.reason:
+            words = f"All files together are larger than {_megabytes(self._most)}"
+            return MediaBlob(name=blob.name, reason=words)
+        self._size += blob.size
+        return blob
 
 
-def _name_of(address: str) -> str:
-    """What a file at an address is called, else its server; those of the host do not say it."""
-    if not address.lower().startswith("http"):
-        return ""
-    with contextlib.suppress(ValueError):
-        parts = urlsplit(address)
-        return unquote(parts.path.rstrip("/").rpartition("/")[2]) or parts.hostname or ""
-    return ""
+def _kept_id(user_id: str, address: str) -> str:
+    """The id of the copy that is kept of a file of the web: the same each time, of each person their own."""
+    digest = hashlib.sha256(f"{user_id} {address}".encode("utf-8", "replace")).digest()
+    return str(uuid.UUID(bytes=digest[:16], version=5))
 
 
 def _check_kind(ref: MediaRef, blob: MediaBlob) -> None:
@@ -9291,7 +9424,7 @@ class TurnLoop:
         translated = await self._translated(body, spec, settings, job)
         payload = self._registry.fit(translated.payload, spec)
         connection = _with_beta_headers(connection, payload, spec)
-        who = self._host.identity_headers(request)
+        who = await self._host.identity_headers(request)
         connection = connection._replace(headers=(*connection.headers, *who.items()))
         keeps = settings.replay != "off" and spec.reasons and not request.is_task
         talk = _Talk(job, body, spec, settings, connection, translated.tools, keeps)
@@ -9346,6 +9479,8 @@ class TurnLoop:
             InputError: nothing is left to send, or a parameter has a value of the wrong kind.
         """
         request, files = job.request, job.request.files
+        if settings.native_files != "off":
+            files = await self._host.described(files, request.user_id)
         blocks = _whole_files(files, spec, settings)
         if blocks:
             questions = await self._host.questions(request.chat_id, files.question_id)
@@ -9378,7 +9513,7 @@ class TurnLoop:
             if not fetching.done():
                 await job.emitter.send((StatusUpdate(_FETCHING),))
                 await asyncio.wait((fetching,))
-                await job.emitter.send((StatusUpdate(_FETCHING, done=True, hidden=True),))
+                await job.emitter.send((StatusUpdate(_FETCHED, done=True),))
         return fetching.result()
 
     def _opened(self, sealed_texts: Sequence[str], user_id: str) -> Intake:
@@ -9604,6 +9739,7 @@ _INTERLEAVED: Final = "interleaved-thinking-2025-05-14"
 _MOST_TOLD: Final = 1000
 _SILENT_S: Final = 1.0
 _FETCHING: Final = "Fetching the files of this chat"
+_FETCHED: Final = "Fetched the files of this chat"
 # Those that the host offers with every chat are not missed; those that a person has chosen are.
 _TOOLS_LEFT_OUT: Final = "This model cannot use tools; it answers without those that are chosen."
 # Where somebody looks at statuses and sources.

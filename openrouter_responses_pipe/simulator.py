@@ -2031,6 +2031,7 @@ _KEPT_HEADERS: Final = frozenset({
     "x-openrouter-categories", "x-openrouter-metadata", "x-session-id", "x-anthropic-beta",
     "x-openrouter-cache", "x-openrouter-cache-ttl", "x-openrouter-cache-clear", "accept-encoding",
     "content-encoding", "if-none-match", "cache-control"})  # fmt: skip
+_KEPT_PREFIX: Final = "x-openwebui-"  # who asks, where a server forwards that
 OPEN, COMPLETED, GONE = "open", "completed", "client_disconnected"
 STOPPED, FAILED = "server_stopped", "failed"
 
@@ -2339,7 +2340,8 @@ class Simulator:
         number = self._connections.get(transport, 0) if transport else 0
         if transport is not None and not number:
             number = self._connections[transport] = next(self._connection_count)
-        headers = {k.lower(): v for k, v in request.headers.items() if k.lower() in _KEPT_HEADERS}
+        lowered = {k.lower(): v for k, v in request.headers.items()}
+        headers = {k: v for k, v in lowered.items() if k in _KEPT_HEADERS or k.startswith(_KEPT_PREFIX)}
         key = _bearer(request)
         digest = hashlib.sha256(key.encode()).hexdigest()[:8] if key else ""
         if key and not self.keep_keys:

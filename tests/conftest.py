@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
 
 import pytest
 
 import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
 from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 from openrouter_responses_pipe.simulator import Simulator
+from pytest_bootstrap import HostFiles, host_files, host_models
+from tests.media import Site, serving_site
 from tests.support import running_pipe
 
 
@@ -24,4 +27,20 @@ async def pipe(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> AsyncIt
     """A pipe that talks to the simulator and does not try again."""
     monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
     async with running_pipe(simulator.base_url) as running:
+        yield running
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Iterator[HostFiles]:
+    """The host's files, none yet, in a folder."""
+    host_files.reset(tmp_path)
+    yield host_files
+    host_files.reset()
+    host_models.reset()
+
+
+@pytest.fixture
+async def site() -> AsyncIterator[Site]:
+    """A server on loopback that a chat may name."""
+    async with serving_site() as running:
         yield running

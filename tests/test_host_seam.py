@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import base64
 import importlib
 from collections.abc import AsyncIterator, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 
 import pytest
 
-from openrouter_responses_pipe.openrouter_responses_pipe import ConfigurationError, ModelRow, OpenWebUIHost
-from pytest_bootstrap import ChatMessage, HostModels, host_models
+from openrouter_responses_pipe.openrouter_responses_pipe import (
+    ChatRequest,
+    ConfigurationError,
+    HostCall,
+    InputError,
+    MediaBlob,
+    ModelRow,
+    OpenWebUIHost,
+    PayloadTooLargeError,
+)
+from pytest_bootstrap import ChatMessage, HostFiles, HostModels, host_models
+from tests.media import OWNER, PNG, add, on_disk
+from tests.support import arguments, call, hostile, read_request, running_pipe
 
 
 @pytest.mark.parametrize(
@@ -264,3 +278,229 @@ async def test_what_lets_administrators_see_a_row(table: HostModels, monkeypatch
     assert await host.admin_grants() == {("user", "admin", "read")}
     table.reset()
     assert await host.admin_grants() == frozenset()
+
+
+# Files of people
+
+
+async def test_a_file_by_its_address_or_id(files: HostFiles) -> None:
+    file_id, address = add(files, PNG, "a.png")
+    for form in (file_id, address, f"{address}?x=1"):
+        blob = await OpenWebUIHost().inline_file(form, OWNER, 1_000)
+        assert blob.url == f"data:image/png;base64,{base64.b64encode(PNG).decode()}"
+
+
+@pytest.mark.parametrize(
+    ("user_id", "most", "kind"), [("other", 1_000, InputError), (OWNER, 5, PayloadTooLargeError)]
+)
+async def test_a_file_that_is_not_handed_out(
+    user_id: str, most: int, kind: type[InputError], files: HostFiles
+) -> None:
+    _, address = add(files, PNG)
+    with pytest.raises(kind):
+        await OpenWebUIHost().inline_file(address, user_id, most)
+    with pytest.raises(InputError):
+        await OpenWebUIHost(None).inline_file(address, OWNER, 1_000)
+
+
+ASKING: Final = ChatRequest(
+    body={}, dialect="browser", model="a/b", user_id=OWNER, chat_id="chat", message_id="message"
+)
+
+
+async def test_a_file_that_is_kept_comes_back(files: HostFiles) -> None:
+    blob = MediaBlob("data:image/png;base64,", "../../a b/ü.png", "image/png", len(PNG))
+    await OpenWebUIHost().save_file("id-1", blob, PNG, ASKING)
+    row = files.rows["id-1"]
+    assert (row.user_id, row.filename, on_disk(row)) == (OWNER, "../../a b/ü.png", PNG)
+    assert row.meta == {"name": "../../a b/ü.png", "content_type": "image/png", "size": len(PNG)}
+    assert Path(row.path).parent == files.folder
+    found = await OpenWebUIHost().inline_file("id-1", OWNER, 1_000)
+    assert found == blob._replace(url=f"data:image/png;base64,{base64.b64encode(PNG).decode()}")
+    await OpenWebUIHost(None).save_file("id-2", blob, PNG, ASKING)
+    assert [*files.rows] == ["id-1"]
+
+
+# Where files were attached
+
+
+def message(parent: str | None, role: str, content: Any, *file_ids: Any) -> dict[str, Any]:
+    found = [{"type": "file", "id": file_id} for file_id in file_ids]
+    return {"parentId": parent, "role": role, "content": content, "files": found}
+
+
+BRANCHES: Final = {
+    "a": message(None, "user", "one", "f", "g"),
+    "b": message("a", "assistant", "ok", "made"),
+    "c": message("b", "user", "two"),
+    "other": message("b", "user", "another branch", "x"),
+    "d": message("c", "assistant", "ok"),
+    "e": message("d", "user", "three", "h", None, ["i"]),
+}
+
+
+@pytest.mark.parametrize(
+    ("question_id", "texts"),
+    [
+        ("e", ["one", "two", "three"]),
+        ("c", ["one", "two"]),
+        ("other", ["one", "another branch"]),
+        ("?", []),
+        ("", []),
+    ],
+)
+async def test_the_questions_of_a_branch(question_id: str, texts: list[str], files: HostFiles) -> None:
+    files.messages["chat"] = BRANCHES
+    found = await OpenWebUIHost().questions("chat", question_id)
+    assert [text for text, _ in found] == texts
+    if texts:
+        assert found[0][1] == {"f", "g"}
+    assert all({"made", "x"}.isdisjoint(ids) for text, ids in found if text != "another branch")
+
+
+@pytest.mark.parametrize("chat_id", ["", "unknown", "temporary:x"])
+async def test_a_chat_that_nobody_knows_has_no_questions(chat_id: str, files: HostFiles) -> None:
+    files.messages["chat"] = BRANCHES
+    assert await OpenWebUIHost().questions(chat_id, "e") == []
+    assert await OpenWebUIHost(None).questions("chat", "e") == []
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        {"e": message("e", "user", "x", "f")},
+        {"e": message("d", "user", "x", "f"), "d": message("e", "user", "y")},
+        {"e": None},
+        {"e": message(5, "user", ["x"])},  # type: ignore[arg-type]
+        {"e": {"role": ["user"], "files": "f", "parentId": {}}},
+        {},
+    ],
+)
+async def test_chats_that_are_damaged(messages: Any, files: HostFiles) -> None:
+    files.messages["chat"] = messages
+    found = await OpenWebUIHost().questions("chat", "e")
+    assert all(isinstance(text, str) for text, _ in found)
+
+
+async def test_a_chat_that_does_not_come_is_not_waited_for(
+    files: HostFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began = asyncio.Event()
+
+    async def hang(what: str, row_id: str) -> None:
+        began.set()
+        await asyncio.Event().wait()
+
+    files.hook = hang
+    asking = asyncio.create_task(OpenWebUIHost().questions("chat", "e"))
+    await began.wait()
+    loop = asyncio.get_running_loop()
+    now = loop.time
+    monkeypatch.setattr(loop, "time", lambda: now() + 3_600)
+    assert await asking == []
+
+
+# Who asks
+
+
+PERSON: Final = {"id": "user-1", "name": " Zoë\r\nX-Evil: 1 ", "email": "zoe@example.org\n", "role": "user"}
+
+
+async def headers(person: Any = PERSON, host_request: Any = None, **changes: Any) -> dict[str, str]:
+    fields: dict[str, Any] = {
+        "user_id": "user-1",
+        "chat_id": "chat-1",
+        "user": person,
+        "host": HostCall(request=host_request),
+    }
+    request = ChatRequest(body={}, dialect="browser", model="a/b", **fields | changes)
+    return await OpenWebUIHost().identity_headers(request)
+
+
+@pytest.fixture
+def forwarding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A host that tells others who asks."""
+    monkeypatch.setattr("open_webui.env.ENABLE_FORWARD_USER_INFO_HEADERS", True)
+
+
+async def test_nobody_is_told_who_asks_unless_the_host_says_so() -> None:
+    assert await headers() == {}
+
+
+@pytest.mark.usefixtures("forwarding")
+async def test_who_asks() -> None:
+    found = await headers(host_request=SimpleNamespace(state=SimpleNamespace(auth_type="api_key")))
+    assert found == {
+        "X-OpenWebUI-Auth-Type": "api_key",
+        "X-OpenWebUI-User-Name": "Zo%C3%AB%0D%0AX-Evil%3A 1",
+        "X-OpenWebUI-User-Id": "user-1",
+        "X-OpenWebUI-User-Email": "zoe@example.org",
+        "X-OpenWebUI-User-Role": "user",
+        "X-OpenWebUI-Chat-Id": "chat-1",
+    }
+    assert await headers(user_id="") == {}
+    assert "X-OpenWebUI-Chat-Id" not in await headers(chat_id="")
+
+
+@pytest.mark.usefixtures("forwarding")
+@pytest.mark.parametrize(
+    "person", [{}, {"id": None, "name": 5, "email": ["x"], "role": {}}, {"name": "\x00ü\x7f"}]
+)
+async def test_people_of_whom_little_is_known(person: Any) -> None:
+    found = await headers(person)
+    assert all(text and text.isascii() and text.isprintable() for text in found.values())
+    assert found["X-OpenWebUI-Chat-Id"] == "chat-1"
+
+
+@pytest.mark.usefixtures("forwarding")
+async def test_an_older_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not ask for the request, and its values are as they are."""
+
+    def include(found: dict[str, str], user: Any) -> dict[str, str]:
+        return {**found, "X-OpenWebUI-User-Name": user.name, "X-OpenWebUI-User-Email": user.email}
+
+    monkeypatch.setattr("open_webui.utils.headers.include_user_info_headers", include)
+    assert await headers() == {
+        "X-OpenWebUI-User-Name": "ZoX-Evil: 1",
+        "X-OpenWebUI-User-Email": "zoe@example.org",
+        "X-OpenWebUI-Chat-Id": "chat-1",
+    }
+
+
+@pytest.mark.usefixtures("forwarding")
+async def test_headers_that_cannot_be_made_spoil_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def include(found: dict[str, str], user: Any, request: Any = None) -> dict[str, str]:
+        raise AttributeError("groups")
+
+    monkeypatch.setattr("open_webui.utils.headers.include_user_info_headers", include)
+    assert "X-OpenWebUI-User-Name" not in await headers()
+
+
+@pytest.mark.parametrize("forwards", [False, True])
+async def test_who_asks_over_the_pipe(forwards: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the upstream sees, catalog aside, of a name that would be a header of its own."""
+    seen: list[dict[str, str]] = []
+
+    async def listen(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        line, found, _ = await read_request(reader)
+        if line.startswith("POST"):
+            seen.append({name: text for name, text in found.items() if name.startswith("x-openwebui-")})
+        writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\nConnection: close\r\n\r\n{}")
+        await writer.drain()
+
+    monkeypatch.setattr("open_webui.env.ENABLE_FORWARD_USER_INFO_HEADERS", forwards)
+    given = arguments("hello")
+    given["__user__"]["name"] = "Zoë\r\nAuthorization: Bearer x"
+    given["__request__"] = SimpleNamespace(state=SimpleNamespace(auth_type="jwt"))
+    async with hostile(listen) as base_url, running_pipe(base_url) as pipe:
+        await call(pipe, given)
+    named = {
+        "x-openwebui-auth-type": "jwt",
+        "x-openwebui-user-name": "Zo%C3%AB%0D%0AAuthorization%3A Bearer x",
+        "x-openwebui-user-id": "user",
+        "x-openwebui-user-email": "u@example.org",
+        "x-openwebui-user-role": "user",
+        "x-openwebui-chat-id": "chat",
+    }
+    assert seen
+    assert all(found == (named if forwards else {}) for found in seen)

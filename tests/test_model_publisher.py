@@ -484,6 +484,47 @@ def test_a_model_that_writes_no_text_takes_no_files() -> None:
     assert "capabilities.file_upload" not in fields("capabilities", SPEC)
 
 
+@pytest.mark.parametrize(
+    ("native_files", "reads_files", "calls", "is_told"),
+    [
+        ("off", True, True, False),
+        ("supported", True, True, True),
+        ("supported", False, True, False),
+        ("always", False, True, True),
+        ("always", True, False, False),
+        ("supported", True, False, False),
+    ],
+)
+def test_a_model_that_gets_files_whole_is_not_searched_for(
+    native_files: Any, reads_files: bool, calls: bool, is_told: bool
+) -> None:
+    """Unless it has no tools: then nothing else that is attached could be found."""
+    spec = SPEC._replace(
+        input_modalities=frozenset({"text", "file"} if reads_files else {"text"}),
+        supported_parameters=frozenset({"tools"} if calls else ()),
+    )
+    for mode in ("capabilities", "all"):
+        row = _row_fields(spec, PublishChoice(mode, "admins", native_files), NOBODY)
+        assert row.get("capabilities.file_context") is (False if is_told else None)
+    assert _row_fields(spec, PublishChoice("off", "admins", native_files), NOBODY) == {}
+
+
+def test_files_are_searched_again_when_the_valve_is_turned_back() -> None:
+    """What an administrator has set stays."""
+    spec = SPEC._replace(
+        input_modalities=frozenset({"text", "file"}), supported_parameters=frozenset({"tools"})
+    )
+    whole, off = (
+        _row_fields(spec, PublishChoice("capabilities", "admins", choice), NOBODY)
+        for choice in ("always", "off")
+    )
+    row = plan(None, whole)
+    assert row.meta["capabilities"]["file_context"] is False
+    assert "file_context" not in plan(row, off).meta["capabilities"]
+    theirs = own(capabilities={"file_context": True})
+    assert plan(theirs, whole).meta["capabilities"]["file_context"] is True
+
+
 def shown(*specs: ModelSpec, **valves: Any) -> list[ModelSpec]:
     """The menu of these models."""
     return _menu({spec.id: spec for spec in specs}, Valves(**valves), "2026-08-21")

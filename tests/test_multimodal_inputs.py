@@ -130,6 +130,15 @@ def test_what_is_left_out_and_why(block: Json, spec: ModelSpec, reason: str) -> 
     assert reason in notice
 
 
+@pytest.mark.parametrize(
+    "address", ["https://[bad", "https://[", "https://a]b/c.pdf", "https://[::1", "https://"]
+)
+def test_an_address_that_nobody_can_read(address: str) -> None:
+    """Sent or named, never an error."""
+    result = translate(file(file_url=address), file(file_data=address, filename=""))
+    assert len(parts(result)) + sum(result.left_out.values()) == 2
+
+
 def test_a_text_model_gets_files_for_the_parser() -> None:
     assert [part["type"] for part in parts(translate(file(file_data=PDF), spec=TEXT_ONLY))] == ["input_file"]
 

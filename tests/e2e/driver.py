@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,6 +49,7 @@ class Turn:
     message_id: str
     user_message_id: str
     events: list[tuple[float, str, Any]] = field(default_factory=list)
+    documents: list[Json] = field(default_factory=list)  # all files of the chat so far but its pictures
 
     def data(self, kind: str) -> list[Any]:
         """Return the data of every event of one type."""
@@ -165,16 +166,21 @@ class Tab:
 
     async def ask(
         self,
-        question: str,
+        question: str | list[Json],
         model: str,
         *,
         after: Turn | None = None,
         session: bool = True,
+        attached: Sequence[Json] = (),
         **fields: Any,
     ) -> Turn:
-        """Send a question as the page does: into a new chat, or `after` an earlier turn."""
+        """Send a question as the page does: into a new chat, or `after` an earlier turn.
+
+        The files `attached` to it are kept with it; those that are no pictures go with each later one too.
+        """
         user_id, message_id = str(uuid.uuid4()), str(uuid.uuid4())
         parent_id = after.message_id if after else None
+        documents = [*(after.documents if after else ()), *filter(is_document, attached)]
         body: Json = {
             "stream": True,
             "model": model,
@@ -191,9 +197,11 @@ class Tab:
                 "childrenIds": [message_id],
                 "role": "user",
                 "content": question,
+                **({"files": list(attached)} if attached else {}),
                 "timestamp": int(time.time()),
                 "models": [model],
             },
+            **({"files": documents} if documents else {}),
             "message_ids": [{"model_id": model, "message_id": message_id}],
             "background_tasks": {},
             **fields,
@@ -205,12 +213,18 @@ class Tab:
         chat_id = reply.get("chat_id") or body.get("chat_id")
         if not chat_id:
             raise WebUIError(f"the server did not take the question: {reply}")
-        turn = Turn(self, chat_id, message_id, user_id)
+        turn = Turn(self, chat_id, message_id, user_id, documents=documents)
         for when, message in self._backlog:
             if when >= sent:
                 self._hand_over(turn, when, message)
         self.turns.append(turn)
         return turn
+
+
+def is_document(attached: Mapping[str, Any]) -> bool:
+    """Whether the page sends this as a file of the chat; a picture is part of its question."""
+    is_picture = attached.get("type") == "image" or attached.get("content_type", "").startswith("image/")
+    return not is_picture
 
 
 def items(message: Mapping[str, Any], kind: str) -> list[Json]:
