@@ -15,7 +15,8 @@ The floors of this file, from the ground up. A floor names only floors below it.
  4. Security & helpers
  5. Session logging
  6. Valves
- 7. Host seam
+7a. Host calls
+7b. Host seam
 8a. Model registry
 8b. Model publisher
 9a. History
@@ -2534,260 +2535,10 @@ def _update_limits(valves: Valves) -> tuple[int, float]:
     return chars, wait_ms / 1000
 
 
-# ── 7. Host seam ─────────────────────────────────────────────────────────────
-# Every symbol of Open WebUI that is used, old or new, behind one class.
-# Promise: no other floor knows which version of the host is running.
+# ── 7a. Host calls ───────────────────────────────────────────────────────────
+# What Open WebUI does and keeps, each of its symbols where it is used.
+# Promise: nothing here is imported before it is needed, and what may fail has words for it.
 # Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
-
-
-class OpenWebUIHost:
-    """What is asked of the host. Without a host (terminal) every answer is neutral."""
-
-    def __init__(self, version: str | None = _HOST_VERSION) -> None:
-        self.version = version
-
-    def data_folder(self) -> Path | None:
-        """Where files of ours may lie; no other program reads them."""
-        if self.version is None:
-            return None
-        try:
-            from open_webui.env import DATA_DIR  # pyright: ignore[reportMissingImports]  # host only
-        except ImportError:
-            return None
-        return Path(DATA_DIR) / "openrouter_responses_pipe"
-
-    @contextlib.contextmanager
-    def only_one(self, what: str) -> Iterator[bool]:
-        """Whether nobody else on this machine does `what` now: other workers, other loads of this file."""
-        folder = self.data_folder()
-        if folder is None or fcntl is None:
-            yield True
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = (folder / f"{what}.lock").open("w")
-        except OSError:  # a server whose database is elsewhere may not be able to write here
-            yield True
-            return
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-            else:
-                yield True
-
-    async def model_rows(self, prefix: str) -> list[ModelRow]:
-        """What the host keeps of the models whose id begins with `prefix`."""
-        rows = await _host_models().Models.get_base_models()
-        return [_model_row(row) for row in rows if row.id.startswith(prefix)]
-
-    async def model_row(self, row_id: str) -> ModelRow | None:
-        """What the host keeps of one model."""
-        row = await _host_models().Models.get_model_by_id(row_id)
-        return None if row is None else _model_row(row)
-
-    async def insert_model_row(self, row: ModelRow) -> bool:
-        """Add a row, owned by the host's first administrator; False while there is none.
-
-        Raises:
-            Exception: whatever the host's database says.
-        """
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
-        owner = await Users.get_super_admin_user()
-        if owner is None:
-            return False
-        return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
-
-    async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
-        """Write a row anew.
-
-        Raises:
-            Exception: whatever the host's database says.
-        """
-        from open_webui.models.access_grants import (  # pyright: ignore[reportMissingImports]  # host only
-            AccessGrants,
-        )
-
-        form = _model_form(row)
-        if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
-            await AccessGrants.set_access_grants("model", row.id, form.access_grants)
-        return bool(await _host_models().Models.update_model_by_id(row.id, form))
-
-    async def delete_model_row(self, row_id: str) -> bool:
-        """Remove a row with its grants.
-
-        Raises:
-            Exception: whatever the host's database says.
-        """
-        return bool(await _host_models().Models.delete_model_by_id(row_id))
-
-    async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
-        """What administrators have set as parameters of these models, the first before the others, or of all.
-
-        By name: the value in force, or None, then the options of controls, among which people choose.
-        What somebody else has set, in a workspace model of their own, does not count.
-        """
-        from open_webui.models.config import Config  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
-        sets: list[Any] = []
-        for model_id in dict.fromkeys(filter(None, model_ids)):
-            row = await _host_models().Models.get_model_by_id(model_id)
-            owner = await Users.get_user_by_id(row.user_id) if row else None
-            if owner is not None and owner.role == "admin":
-                sets.append(row.params.model_dump(exclude_unset=True))
-        sets.append(await Config.get("models.default_params", {}))
-        values: JSONObject = {}
-        options: dict[str, list[Any]] = {}
-        for params in map(_mapping, sets):
-            values = {**params, **_mapping(params.get("custom_params")), **values}
-            for control in _mapping(params.get("model_controls")).values():
-                for option in _mapping(_mapping(control).get("options")).values():
-                    for name, value in _mapping(_mapping(option).get("params")).items():
-                        options.setdefault(name, []).append(value)
-        return {name: [values.get(name), *options.get(name, ())] for name in values | options}
-
-    async def may_use(self, user_id: str, model_id: str) -> bool:
-        """Whether the host lets this person chat with a model."""
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.utils.models import (  # pyright: ignore[reportMissingImports]  # host only
-            check_model_access,
-        )
-
-        async def check() -> bool:
-            user = await Users.get_user_by_id(user_id)
-            if user is not None:
-                await check_model_access(user, {"id": model_id})  # says no with a bare Exception
-            return user is not None
-
-        return await _host_answer(check(), False, f"{model_id} is not for everybody")
-
-    async def admin_grants(self) -> frozenset[tuple[str, str, str]]:
-        """What lets every administrator see a row; nothing is needed where the host lets them see all."""
-        from open_webui.config import (  # pyright: ignore[reportMissingImports]  # host only
-            BYPASS_ADMIN_ACCESS_CONTROL,
-        )
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
-        if BYPASS_ADMIN_ACCESS_CONTROL:
-            return frozenset()
-        admins = await Users.get_users(filter={"roles": ["admin"]})
-        return frozenset(("user", user.id, "read") for user in admins["users"])
-
-    async def inline_file(self, address: str, user_id: str, most_bytes: int) -> MediaBlob:
-        """A file of the host's as it is sent.
-
-        Raises:
-            InputError: it is not there, not for this person, too large, or cannot be read.
-        """
-        if self.version is None:
-            raise InputError("There is no such file here")
-        return await _inline_internal_file_url(address, user_id, most_bytes)
-
-    async def save_file(self, file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
-        """Keep a file with the person whose chat it is of, under this id; a failure is logged."""
-        if self.version is not None:
-            saving = _save_file(file_id, blob, content, request)
-            await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
-
-    async def described(self, files: ChatFiles, user_id: str) -> ChatFiles:
-        """The list of files with names and kinds in it; programs name files by their ids alone."""
-        if self.version is None or all(_is_described(file) for file in files.files):
-            return files
-        described = [await self._described(file, user_id) for file in files.files]
-        return files._replace(files=tuple(described))
-
-    async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
-        if _is_described(file):
-            return file
-        looking = _readable_file(_text(file.get("id")), user_id)
-        row = await _host_answer(looking, None, "a file could not be looked up")
-        if row is None:
-            return file
-        meta = _mapping(row.meta)
-        return {**file, "name": _text(meta.get("name")) or _text(row.filename), "meta": meta}
-
-    async def questions(self, chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
-        """The questions of a saved chat up to this one, oldest first: (text, ids of attached files)."""
-        if self.version is None or not chat_id or not question_id:
-            return []
-        asking = _questions(chat_id, question_id)
-        return await _host_answer(asking, [], "where files were attached could not be read")
-
-    async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
-        """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
-        if self.version is None or not request.user_id:
-            return {}
-        headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
-        return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
-
-    async def call_tool(
-        self, tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall
-    ) -> Any:
-        """Run one of the host's tools; the result is whatever it gives back.
-
-        Raises:
-            Exception: whatever the tool raises.
-        """
-        if tool.get("direct"):
-            return await _call_in_page(tool, name, arguments, call)
-        run = tool["callable"]
-        if self.version is not None:
-            from open_webui.utils.tools import (  # pyright: ignore[reportMissingImports]  # host only
-                get_updated_tool_function,
-            )
-
-            bound = {"__files__": call.metadata.get("files") or []}
-            run = await get_updated_tool_function(function=run, extra_params=bound)
-        if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
-            return await run(**arguments)
-        return await asyncio.to_thread(_run_to_its_end, run, arguments)
-
-    async def tool_result(
-        self, call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
-    ) -> ToolResult:
-        """What a tool gave back, as the host itself would show and send it.
-
-        Raises:
-            Exception: it is nothing that the host can read.
-        """
-        if self.version is None or host.request is None:
-            return _plain_result(call, result)
-        return await _processed_result(call, tool, arguments, result, host)
-
-    def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
-        """A stream for an API client, sent as it is.
-
-        What a pipe yields one by one the host ends with a chunk of its own, whose `finish_reason`
-        says `stop` whatever ours said; clients keep the last. Without a host: `chunks` themselves.
-        """
-        if self.version is None or StreamingResponse is None:
-            return chunks
-        return StreamingResponse(_as_sse(chunks), media_type="text/event-stream")
-
-    async def chat_cost(self, chat_id: str) -> float:
-        """US dollars that the answers saved in a chat have cost; 0 if there are none, or nobody knows."""
-        if self.version is None or not chat_id:
-            return 0.0
-        # Whatever it is that fails: the answer is there, and a sum may not spoil it.
-        return await _host_answer(_saved_cost(chat_id), 0.0, "what this chat has cost could not be read")
-
-    def check_version(self) -> None:
-        """Refuse a host that would show or save nothing.
-
-        Raises:
-            ConfigurationError: Open WebUI is older than 0.11.2.
-        """
-        if self.version is None:
-            return
-        numbers = tuple(int(part) for part in re.findall(r"\d+", self.version)[:3])
-        if numbers and numbers < _MINIMUM_HOST:
-            needed = ".".join(map(str, _MINIMUM_HOST))
-            raise ConfigurationError(
-                f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
-            )
 
 
 def _host_models() -> Any:
@@ -3103,6 +2854,262 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
         async for chunk in chunks:
             yield b"data: " + _json_dumps(chunk) + b"\n\n"
         yield b"data: [DONE]\n\n"
+
+
+# ── 7b. Host seam ────────────────────────────────────────────────────────────
+# Every symbol of Open WebUI that is used, old or new, behind one class.
+# Promise: no other floor knows which version of the host is running.
+# Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
+
+
+class OpenWebUIHost:
+    """What is asked of the host. Without a host (terminal) every answer is neutral."""
+
+    def __init__(self, version: str | None = _HOST_VERSION) -> None:
+        self.version = version
+
+    def data_folder(self) -> Path | None:
+        """Where files of ours may lie; no other program reads them."""
+        if self.version is None:
+            return None
+        try:
+            from open_webui.env import DATA_DIR  # pyright: ignore[reportMissingImports]  # host only
+        except ImportError:
+            return None
+        return Path(DATA_DIR) / "openrouter_responses_pipe"
+
+    @contextlib.contextmanager
+    def only_one(self, what: str) -> Iterator[bool]:
+        """Whether nobody else on this machine does `what` now: other workers, other loads of this file."""
+        folder = self.data_folder()
+        if folder is None or fcntl is None:
+            yield True
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = (folder / f"{what}.lock").open("w")
+        except OSError:  # a server whose database is elsewhere may not be able to write here
+            yield True
+            return
+        with lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                yield False
+            else:
+                yield True
+
+    async def model_rows(self, prefix: str) -> list[ModelRow]:
+        """What the host keeps of the models whose id begins with `prefix`."""
+        rows = await _host_models().Models.get_base_models()
+        return [_model_row(row) for row in rows if row.id.startswith(prefix)]
+
+    async def model_row(self, row_id: str) -> ModelRow | None:
+        """What the host keeps of one model."""
+        row = await _host_models().Models.get_model_by_id(row_id)
+        return None if row is None else _model_row(row)
+
+    async def insert_model_row(self, row: ModelRow) -> bool:
+        """Add a row, owned by the host's first administrator; False while there is none.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+
+        owner = await Users.get_super_admin_user()
+        if owner is None:
+            return False
+        return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
+
+    async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
+        """Write a row anew.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        from open_webui.models.access_grants import (  # pyright: ignore[reportMissingImports]  # host only
+            AccessGrants,
+        )
+
+        form = _model_form(row)
+        if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
+            await AccessGrants.set_access_grants("model", row.id, form.access_grants)
+        return bool(await _host_models().Models.update_model_by_id(row.id, form))
+
+    async def delete_model_row(self, row_id: str) -> bool:
+        """Remove a row with its grants.
+
+        Raises:
+            Exception: whatever the host's database says.
+        """
+        return bool(await _host_models().Models.delete_model_by_id(row_id))
+
+    async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
+        """What administrators have set as parameters of these models, the first before the others, or of all.
+
+        By name: the value in force, or None, then the options of controls, among which people choose.
+        What somebody else has set, in a workspace model of their own, does not count.
+        """
+        from open_webui.models.config import Config  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+
+        sets: list[Any] = []
+        for model_id in dict.fromkeys(filter(None, model_ids)):
+            row = await _host_models().Models.get_model_by_id(model_id)
+            owner = await Users.get_user_by_id(row.user_id) if row else None
+            if owner is not None and owner.role == "admin":
+                sets.append(row.params.model_dump(exclude_unset=True))
+        sets.append(await Config.get("models.default_params", {}))
+        values: JSONObject = {}
+        options: dict[str, list[Any]] = {}
+        for params in map(_mapping, sets):
+            values = {**params, **_mapping(params.get("custom_params")), **values}
+            for control in _mapping(params.get("model_controls")).values():
+                for option in _mapping(_mapping(control).get("options")).values():
+                    for name, value in _mapping(_mapping(option).get("params")).items():
+                        options.setdefault(name, []).append(value)
+        return {name: [values.get(name), *options.get(name, ())] for name in values | options}
+
+    async def may_use(self, user_id: str, model_id: str) -> bool:
+        """Whether the host lets this person chat with a model."""
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.utils.models import (  # pyright: ignore[reportMissingImports]  # host only
+            check_model_access,
+        )
+
+        async def check() -> bool:
+            user = await Users.get_user_by_id(user_id)
+            if user is not None:
+                await check_model_access(user, {"id": model_id})  # says no with a bare Exception
+            return user is not None
+
+        return await _host_answer(check(), False, f"{model_id} is not for everybody")
+
+    async def admin_grants(self) -> frozenset[tuple[str, str, str]]:
+        """What lets every administrator see a row; nothing is needed where the host lets them see all."""
+        from open_webui.config import (  # pyright: ignore[reportMissingImports]  # host only
+            BYPASS_ADMIN_ACCESS_CONTROL,
+        )
+        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
+
+        if BYPASS_ADMIN_ACCESS_CONTROL:
+            return frozenset()
+        admins = await Users.get_users(filter={"roles": ["admin"]})
+        return frozenset(("user", user.id, "read") for user in admins["users"])
+
+    async def inline_file(self, address: str, user_id: str, most_bytes: int) -> MediaBlob:
+        """A file of the host's as it is sent.
+
+        Raises:
+            InputError: it is not there, not for this person, too large, or cannot be read.
+        """
+        if self.version is None:
+            raise InputError("There is no such file here")
+        return await _inline_internal_file_url(address, user_id, most_bytes)
+
+    async def save_file(self, file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
+        """Keep a file with the person whose chat it is of, under this id; a failure is logged."""
+        if self.version is not None:
+            saving = _save_file(file_id, blob, content, request)
+            await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
+
+    async def described(self, files: ChatFiles, user_id: str) -> ChatFiles:
+        """The list of files with names and kinds in it; programs name files by their ids alone."""
+        if self.version is None or all(_is_described(file) for file in files.files):
+            return files
+        described = [await self._described(file, user_id) for file in files.files]
+        return files._replace(files=tuple(described))
+
+    async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
+        if _is_described(file):
+            return file
+        looking = _readable_file(_text(file.get("id")), user_id)
+        row = await _host_answer(looking, None, "a file could not be looked up")
+        if row is None:
+            return file
+        meta = _mapping(row.meta)
+        return {**file, "name": _text(meta.get("name")) or _text(row.filename), "meta": meta}
+
+    async def questions(self, chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
+        """The questions of a saved chat up to this one, oldest first: (text, ids of attached files)."""
+        if self.version is None or not chat_id or not question_id:
+            return []
+        asking = _questions(chat_id, question_id)
+        return await _host_answer(asking, [], "where files were attached could not be read")
+
+    async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
+        """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
+        if self.version is None or not request.user_id:
+            return {}
+        headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
+        return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
+
+    async def call_tool(
+        self, tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall
+    ) -> Any:
+        """Run one of the host's tools; the result is whatever it gives back.
+
+        Raises:
+            Exception: whatever the tool raises.
+        """
+        if tool.get("direct"):
+            return await _call_in_page(tool, name, arguments, call)
+        run = tool["callable"]
+        if self.version is not None:
+            from open_webui.utils.tools import (  # pyright: ignore[reportMissingImports]  # host only
+                get_updated_tool_function,
+            )
+
+            bound = {"__files__": call.metadata.get("files") or []}
+            run = await get_updated_tool_function(function=run, extra_params=bound)
+        if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
+            return await run(**arguments)
+        return await asyncio.to_thread(_run_to_its_end, run, arguments)
+
+    async def tool_result(
+        self, call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
+    ) -> ToolResult:
+        """What a tool gave back, as the host itself would show and send it.
+
+        Raises:
+            Exception: it is nothing that the host can read.
+        """
+        if self.version is None or host.request is None:
+            return _plain_result(call, result)
+        return await _processed_result(call, tool, arguments, result, host)
+
+    def sse_response(self, chunks: AsyncGenerator[JSONObject, None]) -> Any:
+        """A stream for an API client, sent as it is.
+
+        What a pipe yields one by one the host ends with a chunk of its own, whose `finish_reason`
+        says `stop` whatever ours said; clients keep the last. Without a host: `chunks` themselves.
+        """
+        if self.version is None or StreamingResponse is None:
+            return chunks
+        return StreamingResponse(_as_sse(chunks), media_type="text/event-stream")
+
+    async def chat_cost(self, chat_id: str) -> float:
+        """US dollars that the answers saved in a chat have cost; 0 if there are none, or nobody knows."""
+        if self.version is None or not chat_id:
+            return 0.0
+        # Whatever it is that fails: the answer is there, and a sum may not spoil it.
+        return await _host_answer(_saved_cost(chat_id), 0.0, "what this chat has cost could not be read")
+
+    def check_version(self) -> None:
+        """Refuse a host that would show or save nothing.
+
+        Raises:
+            ConfigurationError: Open WebUI is older than 0.11.2.
+        """
+        if self.version is None:
+            return
+        numbers = tuple(int(part) for part in re.findall(r"\d+", self.version)[:3])
+        if numbers and numbers < _MINIMUM_HOST:
+            needed = ".".join(map(str, _MINIMUM_HOST))
+            raise ConfigurationError(
+                f"This function needs Open WebUI {needed} or newer; this server runs {self.version}."
+            )
 
 
 # ── 8a. Model registry ───────────────────────────────────────────────────────
