@@ -48,6 +48,7 @@ import asyncio
 import base64
 import codecs
 import contextlib
+import contextvars
 import fnmatch
 import functools
 import hashlib
@@ -84,6 +85,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Executor, ThreadPoolExecutor
 from datetime import date
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -3046,9 +3048,9 @@ class OpenWebUIHost:
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
 
     async def call_tool(
-        self, tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall
+        self, tool: Mapping[str, Any], name: str, arguments: JSONObject, call: HostCall, threads: Executor
     ) -> Any:
-        """Run one of the host's tools; the result is whatever it gives back.
+        """Run one of the host's tools, a plain function in a thread; the result is whatever it gives back.
 
         Raises:
             Exception: whatever the tool raises.
@@ -3065,7 +3067,10 @@ class OpenWebUIHost:
             run = await get_updated_tool_function(function=run, extra_params=bound)
         if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
             return await run(**arguments)
-        return await asyncio.to_thread(_run_to_its_end, run, arguments)
+        around = contextvars.copy_context()
+        return await asyncio.get_running_loop().run_in_executor(
+            threads, lambda: around.run(_run_to_its_end, run, arguments)
+        )
 
     async def tool_result(
         self, call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
@@ -8762,6 +8767,8 @@ class ToolOrchestrator:
         self._breaker = CircuitBreaker(clock)
         self._gate = _Turnstile()
         self._left_behind: set[asyncio.Task[Any]] = set()  # tools that do not end although they were told to
+        # Threads of their own: tools that hang must not take those of the host.
+        self._threads = ThreadPoolExecutor(_TOOL_THREADS, thread_name_prefix="tool")
 
     @contextlib.asynccontextmanager
     async def open_context(
@@ -8781,6 +8788,10 @@ class ToolOrchestrator:
         await sink([ToolStarted(call) for call in calls])
         found = await self._execute_tool_batch(context, calls, sink)
         return [found[call.call_id] for call in calls]
+
+    def aclose(self) -> None:
+        """Run nothing more; threads end when what they run does."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _get_tool_context(self, request: ChatRequest, limits: ToolLimits) -> _ToolExecutionContext:
         return _ToolExecutionContext(request, limits)
@@ -8862,7 +8873,7 @@ class ToolOrchestrator:
         host = context.request.host
 
         async def call_and_read() -> ToolResult:
-            raw = await self._host.call_tool(tool, call.name, arguments, host)
+            raw = await self._host.call_tool(tool, call.name, arguments, host, self._threads)
             return await self._host.tool_result(call, tool, arguments, raw, host)
 
         timer = asyncio.timeout_at(deadline)
@@ -8894,6 +8905,7 @@ class ToolOrchestrator:
 
 
 _MOST_ERROR_CHARS: Final = 2_000
+_TOOL_THREADS: Final = 32
 
 
 def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
@@ -9794,8 +9806,8 @@ class Runtime:
         engine = StreamingEngine(self._client, sleep)
         self._media = MediaIntake(self.host, clock)
         cipher = ArtifactCipher(env.secret, pipe_id)
-        tools = ToolOrchestrator(self.host, clock)
-        around = Neighbours(self._registry, account, engine, self.host, self._media, tools)
+        self._tools = ToolOrchestrator(self.host, clock)
+        around = Neighbours(self._registry, account, engine, self.host, self._media, self._tools)
         self._turns = TurnLoop(around, env, cipher, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
@@ -9942,6 +9954,7 @@ class Runtime:
             cast("asyncio.Task[None]", job.task).cancel()
         if left:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
+        self._tools.aclose()
         await self._media.aclose()
         await self._publisher.aclose()
         await self._registry.aclose()

@@ -1,4 +1,5 @@
-"""`python -m tests.bench [--quick]`: what loading, the model list, a long chat, streaming and size cost.
+"""`python -m tests.bench [--quick]`: what loading, the model list, a long chat, a round of tools, streaming
+and size cost.
 
 Each figure stands beside its limit; ends with 1 when one is over it. `--quick` takes fewer and shorter
 rounds: good enough to see a change of a third, not to judge one of a tenth.
@@ -17,11 +18,11 @@ from pathlib import Path
 
 import pytest_bootstrap  # noqa: F401 - the stand-in for the host
 from openrouter_responses_pipe.webui import SimulatorServer
-from tests.bench import catalog, history, loading, scale, streaming
+from tests.bench import catalog, history, loading, scale, streaming, tools
 from tests.bench.report import HEADER, Figure
 
 ROUNDS, QUICK_ROUNDS = 7, 3
-PARTS = ("loading", "catalog", "history", "streaming", "scale")
+PARTS = ("loading", "catalog", "history", "tools", "streaming", "scale")
 
 
 def _say(text: str) -> None:
@@ -64,6 +65,8 @@ def main() -> int:
         figures += asyncio.run(catalog.figures(rounds, _say))
     if "history" in wanted:
         figures += history.figures(rounds, _say)
+    if "tools" in wanted:
+        figures += asyncio.run(tools.figures(rounds, _say))
     if {"streaming", "scale"} & set(wanted):
         figures += _streams(wanted, rounds, args.quick)
     _say("")
