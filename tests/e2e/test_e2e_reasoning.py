@@ -18,7 +18,7 @@ from playwright.async_api import expect
 
 from openrouter_responses_pipe.openrouter_responses_pipe import _CARRIER
 from tests.e2e.driver import FEATURES, Tab, Turn, error_text, items, unique
-from tests.e2e.host import MODEL, Host
+from tests.e2e.host import MODEL, Host, valves
 from tests.e2e.page import ChatPage
 from tests.e2e.upstream import Json, Upstream
 from tests.test_reasoning_replay import as_body, function_call, message, said, signed, thought
@@ -219,6 +219,25 @@ async def test_two_rounds_of_tools(tab: Tab, upstream: Upstream) -> None:
     pair = ["function_call", "function_call_output"]
     kinds = [entry["type"] for entry in found]
     assert kinds == ["reasoning", *pair, "reasoning", *pair, "reasoning", "message"]
+
+
+@pytest.mark.parametrize("mode", ["auto", "open_webui"])
+async def test_continue_after_tools(mode: str, host: Host, tab: Tab, upstream: Upstream) -> None:
+    """Whoever ran them, and with another round in what is continued."""
+    with valves(host, TOOL_EXECUTION_MODE=mode):
+        upstream.next("replay", body=as_body(thought(1), message("Let me look."), CLOCK))
+        turn = await ask(tab, upstream, [thought(2), message("It is late,")])
+        past = [*received(upstream), thought(2), said("It is late,")]
+        upstream.next("replay", body=as_body(thought(3), {**CLOCK, "call_id": "again", "id": "fc_again"}))
+        await press_continue(turn, upstream, [thought(4), message("and getting later.")])
+        assert received(upstream)[: len(past)] == past
+        past = [*received(upstream), thought(4), said("and getting later.")]
+        await ask(tab, upstream, [message("ok")], turn)
+        assert received(upstream) == past
+    kinds = [entry["type"] for entry in past]
+    pair = ["function_call", "function_call_output"]
+    rounds = ["reasoning", "message", *pair, "reasoning", "message"]
+    assert kinds == [*rounds, "reasoning", *pair, "reasoning", "message"]
 
 
 # Buttons
