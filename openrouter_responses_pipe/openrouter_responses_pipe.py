@@ -642,10 +642,14 @@ class ChatFiles(NamedTuple):
 
 
 class IntakePlan(NamedTuple):
-    """What a history needs from elsewhere before it can be translated: records that ride with it, media."""
+    """What a history needs from elsewhere before it can be translated: records that ride with it, media.
+
+    `shown` are the addresses of pictures that answers show, by the place of the message.
+    """
 
     sealed: tuple[str, ...] = ()
     media: tuple[MediaRef, ...] = ()
+    shown: Mapping[int, list[str]] = types.MappingProxyType({})
 
 
 class Intake(NamedTuple):
@@ -653,6 +657,7 @@ class Intake(NamedTuple):
 
     records: Mapping[str, TurnEntries] = types.MappingProxyType({})
     takes_unsealed: bool = False  # the server has no secret, so nothing could be sealed
+    shown: Mapping[int, list[str]] | None = None  # as planned; None: nobody has looked
     media: Mapping[MediaRef, MediaBlob] = types.MappingProxyType({})
 
 
@@ -1497,6 +1502,7 @@ def _unique_id(wanted: str, used: set[str]) -> str:
     return name
 
 
+@functools.lru_cache(maxsize=1_000)
 def _safe_tool_name(name: str) -> str:
     """A name that every provider takes: 64 letters, digits, _ and - at most."""
     return _NOT_IN_TOOL_NAMES_RE.sub("_", name)[:_MAX_TOOL_NAME] or "tool"
@@ -4312,7 +4318,7 @@ def plan_intake(
     for position in sorted(shown, reverse=True):
         addresses = [address for address in shown[position] if not address.startswith("data:")]
         media += [MediaRef("image", address, in_answer=True) for address in addresses]
-    return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)))
+    return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)), shown)
 
 
 def _transform_messages_to_input(
@@ -4331,13 +4337,16 @@ def _transform_messages_to_input(
     open_calls: dict[str, str] = {}
     records = dict(intake.records)  # each is used once: it stands for one call
     replay_from = _replay_from(rest, settings.replay) if spec.reasons else len(rest)
-    shown = _pictures_of_answers(rest, spec, settings)
+    before = len(messages) - len(rest)
+    shown = _pictures_of_answers(messages, spec, settings) if intake.shown is None else intake.shown
     whole_from = _whole_from(rest, settings.retain_outputs)
+    outputs = 0  # of tools, one after the other
     for position, message in enumerate(rest):
         role = str(message.get("role") or "")
-        if position in shown:
-            history.shown += _shown_parts(shown[position], intake, settings)
+        if shown and position + before in shown:
+            history.shown += _shown_parts(shown[position + before], intake, settings)
         if role == "tool":
+            outputs += 1
             is_old = position < whole_from
             history.most_output_chars = _RETAINED_CHARS if is_old else settings.most_tool_chars
             _add_tool_output(history, message, open_calls)
@@ -4346,7 +4355,9 @@ def _transform_messages_to_input(
         if build is None:
             history.leave_out("role")
             continue
-        _sort_outputs(history.items)
+        if outputs > 1:
+            _sort_outputs(history.items)
+        outputs = 0
         calls = _answered_calls(history, message, rest, position + 1) if message.get("tool_calls") else []
         is_recorded = role == "assistant" and position >= replay_from and message.get("reasoning_details")
         entries = _entries_of(message, records, intake) if is_recorded else []
@@ -4359,7 +4370,8 @@ def _transform_messages_to_input(
         if calls:
             open_calls = {call.call_id: sent for call, sent in calls}
             history.items += [_call_item(call, sent) for call, sent in calls]
-    _sort_outputs(history.items)
+    if outputs > 1:
+        _sort_outputs(history.items)
     _keep_latest_images(history)
     return history
 
@@ -4408,7 +4420,8 @@ def _questions_in(messages: Sequence[Mapping[str, Any]]) -> list[int]:
     return [
         place
         for place, message in enumerate(messages)
-        if message.get("role") == "user" and not _is_of_tools(message.get("content"))
+        if message.get("role") == "user"
+        and (isinstance(message.get("content"), str) or not _is_of_tools(message.get("content")))
     ]
 
 
@@ -5096,7 +5109,8 @@ def _pictures_of_answers(
     answers = [
         (position, message)
         for position, message in enumerate(messages)
-        if message.get("role") == "assistant" and _may_show(message.get("content"))
+        if message.get("role") == "assistant"
+        and ("![" in content if isinstance(content := message.get("content"), str) else content)
     ]
     if not answers:
         return {}
@@ -5116,10 +5130,6 @@ def _pictures_of_answers(
             seen.update(found[position])
             room -= len(found[position])
     return found
-
-
-def _may_show(content: Any) -> bool:
-    return "![" in content if isinstance(content, str) else bool(content)
 
 
 def _pictures_in(message: Mapping[str, Any], webui_url: str) -> list[str]:
@@ -9506,7 +9516,7 @@ class TurnLoop:
             body = body._replace(messages=tuple(_with_files(body.messages, blocks, questions)))
         plan = plan_intake(body.messages, spec, settings)
         keeps = settings.replay != "off" and spec.reasons and not request.is_task
-        intake = self._opened(plan.sealed if keeps else (), request.user_id)
+        intake = self._opened(plan.sealed if keeps else (), request.user_id)._replace(shown=plan.shown)
         if plan.media:
             intake = intake._replace(media=await self._fetched(plan.media, settings, job))
         if blocks:

@@ -59,7 +59,8 @@ def _by_pipe(chat: Mapping[str, Any]) -> bytes:
     body = module.CompletionsBody.parse(chat)
     plan = module.plan_intake(body.messages, SPEC)
     assert not plan.media  # all is there already
-    payload = module.ResponsesBody.from_completions(body, SPEC).payload
+    intake = module.Intake(shown=plan.shown)
+    payload = module.ResponsesBody.from_completions(body, SPEC, intake=intake).payload
     payload, _ = module._inject_model_capabilities(payload, SPEC)
     data = module._request_data(payload)
     return data if isinstance(data, bytes) else data.getvalue()
