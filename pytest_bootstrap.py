@@ -12,7 +12,9 @@ Nothing of this project is replaced. The real host is met in `tests/e2e`.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import io
+import json
 import shutil
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -46,7 +48,6 @@ FUNCTIONS: dict[str, tuple[str, ...]] = {
     "utils.files": ("get_image_url_from_base64",),
     "utils.access_control": ("has_access",),
     "utils.tool_search": ("resolve_tool_call",),
-    "utils.middleware": ("process_tool_result",),
     "utils.models": ("check_model_access",),
 }
 
@@ -378,6 +379,65 @@ def include_user_info_headers(
     }
 
 
+def bound(function: Callable[..., Any], **extra: Any) -> Callable[..., Awaitable[Any]]:
+    """A tool as Open WebUI hands it over: asynchronous in any case, what it asks for bound to it."""
+    names = inspect.signature(function).parameters
+    given = {name: value for name, value in extra.items() if name in names}
+    if inspect.iscoroutinefunction(function):
+
+        async def run(**arguments: Any) -> Any:
+            return await function(**given, **arguments)
+
+    else:
+
+        async def run(**arguments: Any) -> Any:
+            return function(**given, **arguments)
+
+    run.__function__ = function  # type: ignore[attr-defined]  # as the host marks it
+    run.__extra_params__ = given  # type: ignore[attr-defined]  # as the host marks it
+    return run
+
+
+async def _updated_tool_function(function: Any, extra_params: dict[str, Any]) -> Any:
+    inner = getattr(function, "__function__", None)
+    return function if inner is None else bound(inner, **{**function.__extra_params__, **extra_params})
+
+
+async def _process_tool_result(
+    _request: object, name: str, result: Any, kind: str, is_direct: bool, *_rest: object
+) -> tuple[str | None, list[dict[str, str]], list[Any]]:
+    """(text, files, embeds), for texts, pictures as data URLs, and what is JSON."""
+    if (kind == "external" and isinstance(result, tuple)) or (is_direct and isinstance(result, list)):
+        result = result[0]
+    if isinstance(result, str) and result.startswith("data:image/"):
+        return f"{name}: Image file read successfully.", [{"type": "image", "url": result}], []
+    if isinstance(result, list):
+        result = {"results": result}
+    text = json.dumps(result, indent=2) if isinstance(result, dict) else result
+    return None if text is None else str(text), [], []
+
+
+async def _event_emitter(_metadata: object) -> Callable[[Any], Awaitable[None]]:
+    return _answers_none("emit")
+
+
+def _says_error(text: str) -> bool:
+    return text.lower().startswith("error:") or '"error":' in text
+
+
+def _stub_tools() -> None:
+    _fill(_module("utils.tools"), [("get_updated_tool_function", _updated_tool_function)])
+    _fill(_module("socket.main"), [("get_event_emitter", _event_emitter)])
+    middleware: dict[str, object] = {
+        "process_tool_result": _process_tool_result,
+        "build_terminal_file_tool_result": lambda *_given: None,
+        "terminal_event_handler": _answers_none("terminal_event_handler"),
+        "get_citation_source_from_tool_result": lambda **_given: [],
+        "_is_tool_result_error": _says_error,
+    }
+    _fill(_module("utils.middleware"), middleware.items())
+
+
 def _stub_host() -> None:
     env = {
         "VERSION": HOST_VERSION,
@@ -397,6 +457,7 @@ def _stub_host() -> None:
     _stub_files()
     _fill(_module("models.chat_messages"), [("ChatMessage", ChatMessage)])
     _stub_models()
+    _stub_tools()
     _stub_database(_module("internal.db"))
 
 

@@ -38,7 +38,10 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     StreamError,
     TextDelta,
     ToolCall,
+    ToolFinished,
     ToolRequested,
+    ToolResult,
+    ToolStarted,
     TurnEnded,
     UsageReported,
     Valves,
@@ -1505,3 +1508,102 @@ async def test_who_sends_waits_for_the_reader() -> None:
             await anext(chunks)
             await settle()
     await chunks.aclose()
+
+
+# Tools that are run here
+
+
+def ran(call_id: str, text: str = "3", **more: Any) -> ToolFinished:
+    return ToolFinished(ToolResult(ToolCall(call_id, "f", "{}"), text, **more))
+
+
+def started(call_id: str) -> ToolStarted:
+    return ToolStarted(ToolCall(call_id, "f", "{}"))
+
+
+GOES_ON = TurnEnded("completed", goes_on=True)
+
+
+def batch(*call_ids: str) -> list[Emission]:
+    """A round whose calls are run here."""
+    calls = [requested(number, call_id) for number, call_id in enumerate(call_ids)]
+    return [*calls, GOES_ON, *map(started, call_ids)]
+
+
+@pytest.mark.parametrize("eager", [False, True])
+@pytest.mark.parametrize("dialect", WITH_EVENTS)
+async def test_a_call_that_was_run_here_has_its_output(dialect: Dialect, eager: bool) -> None:
+    emissions = [*batch("a", "b"), ran("b", "two"), ran("a", "one", failed=True), TextDelta(0, "Done.")]
+    shown = await show([*emissions, TurnEnded("completed")], dialect, eager=eager)
+    items = shown.result["output"] if dialect == "browser_json" else page_of(shown.chunks).items
+    assert [(item["type"], item.get("call_id"), item["status"]) for item in items] == [
+        ("function_call", "a", "failed"),
+        ("function_call", "b", "completed"),
+        ("function_call_output", "b", "completed"),
+        ("function_call_output", "a", "failed"),
+        ("message", None, "completed"),
+    ]
+    assert items[2]["output"] == [{"type": "input_text", "text": "two"}]
+    assert len({item["id"] for item in items}) == 5
+
+
+async def test_pictures_files_and_embeds_go_with_the_output() -> None:
+    files, embeds = ({"type": "image", "url": "/x"},), ("<b>x</b>",)
+    finished = ran("a", "drawn", images=("/x",), files=files, embeds=embeds)
+    item = page_of((await show([*batch("a"), finished, TurnEnded("completed")])).chunks).items[1]
+    assert item["output"][1:] == [{"type": "input_image", "image_url": "/x"}]
+    assert (item["files"], item["embeds"]) == ([*files], [*embeds])
+    plain = page_of((await show([*batch("a"), ran("a"), TurnEnded("completed")])).chunks).items[1]
+    assert plain.keys() == {"type", "id", "call_id", "output", "status"}
+
+
+@pytest.mark.parametrize("dialect", WITH_EVENTS)
+async def test_a_failure_answers_what_runs(dialect: Dialect) -> None:
+    emissions = [*batch("a", "b", "c"), ran("b"), Failed(StreamError("cut"))]
+    shown = await show(emissions, dialect)
+    items = shown.result["output"] if dialect == "browser_json" else page_of(shown.chunks).items
+    outputs = [(i["call_id"], i["status"]) for i in items if i["type"] == "function_call_output"]
+    assert outputs == [("b", "completed"), ("a", "failed"), ("c", "failed")]
+    assert [item["status"] for item in items[:3]] == ["failed", "completed", "failed"]
+
+
+async def test_a_failure_answers_what_was_written_and_had_not_begun() -> None:
+    """Between the end of the upstream call and the beginning of its tools there is time to fail, too."""
+    page = page_of((await show([requested(0, "a"), GOES_ON, Failed(StreamError("cut"))])).chunks)
+    assert [item["type"] for item in page.items] == ["function_call", "function_call_output"]
+
+
+async def test_a_stop_leaves_no_call_running_in_what_is_returned() -> None:
+    items = (await show([*batch("a", "b"), ran("b")], "browser_json")).result["output"]
+    assert [(item["type"], item["status"]) for item in items] == [
+        ("function_call", "incomplete"),
+        ("function_call", "completed"),
+        ("function_call_output", "completed"),
+    ]
+
+
+@pytest.mark.parametrize("dialect", ["api_stream", "api_json"])
+async def test_programs_see_nothing_of_what_was_run_here(dialect: Dialect) -> None:
+    emissions = [TextDelta(0, "See."), *batch("a"), ran("a"), TextDelta(0, "Done."), TurnEnded("completed")]
+    seen = SEE[dialect](await show(emissions, dialect))
+    assert (seen.text, seen.calls, seen.finish) == ("See.\nDone.", [], "stop")
+
+
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_sources_of_a_tool_are_told(dialect: Dialect) -> None:
+    source = {"source": {"name": "S"}, "document": ["x"], "metadata": [{"source": "s"}]}
+    shown = await show([*batch("a"), ran("a", sources=(source,)), TurnEnded("completed")], dialect)
+    assert shown.events.of("source") == ([source] if dialect in WITH_EVENTS else [])
+
+
+async def test_what_runs_is_told_where_no_card_shows_it() -> None:
+    emissions = [*batch("a"), ran("a"), TurnEnded("completed")]
+    assert (await show(emissions, "browser")).events.of("status") == []
+    told = (await show(emissions, "browser_json")).events.of("status")
+    assert [(status["done"], status["hidden"]) for status in told] == [(False, False), (True, True)]
+
+
+async def test_the_line_of_what_runs_stays_until_the_last_has_ended() -> None:
+    """Several run at once: the first that ends must not take the line of the others away."""
+    told = (await show([*batch("a", "b"), ran("a")], "browser_json")).events.of("status")
+    assert told[-1]["done"] is False
