@@ -68,6 +68,7 @@ import secrets
 import socket
 import sys
 import time
+import traceback
 import types
 import uuid
 import weakref
@@ -557,8 +558,9 @@ class RequestSettings(NamedTuple):
     """What valves and the kind of client decide about a request; empty texts are not sent.
 
     `effort` counts where the chat names none; `cache_ttl` is that of Anthropic's automatic caching.
-    Tools: `only_tools` are names that somebody can run (None: all), `available_tools` globs of names, `all`
-    for all; outputs stay whole for `retain_outputs` questions at least, 0: always.
+    Tools: `tool_names` are what the model knows them by, `only_tools` those that somebody can run (None:
+    all), `available_tools` globs of names, `all` for all; outputs stay whole for `retain_outputs` questions
+    at least, 0: always.
     `keeps_media`: what a chat names by an address is kept in the host's files; `trusted_hosts` are names,
     or `name:port`, that an administrator vouches for; `webui_url` is where the host is reached.
     """
@@ -567,6 +569,7 @@ class RequestSettings(NamedTuple):
     only_tools: frozenset[str] | None = None
     available_tools: str = "all"
     strict_tools: bool = False
+    tool_names: Mapping[str, str] = types.MappingProxyType({})
     most_tool_chars: int = 100_000
     retain_outputs: int = 10
     is_task: bool = False
@@ -735,10 +738,11 @@ class _QueuedToolCall(NamedTuple):
 class _ToolExecutionContext:
     """The tools of one request: a queue, and the workers on it."""
 
-    __slots__ = ("_repeats", "limits", "queue", "request", "workers")
+    __slots__ = ("_repeats", "limits", "offered", "queue", "request", "workers")
 
-    def __init__(self, request: ChatRequest, limits: ToolLimits) -> None:
+    def __init__(self, request: ChatRequest, offered: Container[str], limits: ToolLimits) -> None:
         self.request = request
+        self.offered = offered  # the host's names of what may be called
         self.limits = limits
         self.queue: asyncio.Queue[_QueuedToolCall] = asyncio.Queue(_TOOL_QUEUE)
         self.workers: list[asyncio.Task[None]] = []
@@ -746,18 +750,26 @@ class _ToolExecutionContext:
 
     def note_round(self, calls: Iterable[ToolCall]) -> None:
         """Count which calls the model makes again with the same arguments."""
-        made = {(call.name, call.arguments) for call in calls}
+        made = {(call.name, _same_arguments(call.arguments)) for call in calls}
         self._repeats = {key: self._repeats.get(key, 0) + 1 for key in made}
 
     def remark_on(self, call: ToolCall) -> str:
         """What the model is told of a call that it makes over and over."""
-        count = self._repeats.get((call.name, call.arguments), 0)
+        count = self._repeats.get((call.name, _same_arguments(call.arguments)), 0)
         return _REPEATED.format(count) if count >= _MOST_REPEATS else ""
+
+
+def _same_arguments(arguments: str) -> str:
+    """Arguments however they are written."""
+    try:
+        return json.dumps(_json_loads(arguments), sort_keys=True)
+    except (ValueError, RecursionError):
+        return arguments
 
 
 _MOST_REPEATS: Final = 3
 _REPEATED: Final = (
-    "\n\n[This is the same call with the same arguments for the {}th time in a row. "
+    "\n\n[The same call has been made {} times on end. "
     "Its result will not change: use it, or try something else.]"
 )
 
@@ -1013,15 +1025,15 @@ class _RetryableHTTPStatusError(OpenRouterAPIError):
 
 
 class ToolError(PipeError):
-    """A call could not be run; the words are for the model. `by_model`: its own mistake, not the tool's."""
+    """A call failed; the words are for the model. `by_tool`: it is the tool that is out of order."""
 
-    by_model = False
+    by_tool = True
 
 
 class ToolInputError(ToolError):
-    """The model called something that is not there, or with arguments that do not fit."""
+    """A call was not run: there is no such tool, the arguments do not fit, or there was no time for it."""
 
-    by_model = True
+    by_tool = False
 
 
 class StorageError(PipeError):
@@ -1812,127 +1824,152 @@ def _host_file_id(address: str, webui_url: str = "") -> str:
 # Schemas of arguments
 
 
-# what says something about a value, as OpenAI's strict mode knows it; and what it need not know
+# what says something about a value, as OpenAI's strict mode knows it
 _SAID_STRICTLY: Final = frozenset(
     {
         *("type", "enum", "const", "description", "pattern", "multipleOf", "minItems", "maxItems"),
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
     }
 )
+# what it need not know, because it can be said otherwise, or says nothing
 _STRICT_KEYWORDS: Final = _SAID_STRICTLY | {
     *("properties", "required", "additionalProperties", "items", "anyOf", "allOf", "nullable"),
     *("$ref", "$defs", "definitions", "$schema", "$id", "$comment", "title", "default", "format"),
     *("examples", "example", "deprecated", "readOnly", "writeOnly"),
 }
+# what arguments are checked against: no patterns, which may take for ever
+_CHECKED: Final = (_SAID_STRICTLY - {"pattern"}) | {
+    "minLength",
+    "maxLength",
+    "minProperties",
+    "maxProperties",
+}
+_KINDS: Final = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _MOST_PARTS: Final = 2_000
+_DEEPEST_PART: Final = 64
 
 
-class _NotStrictError(Exception):
-    """A schema that cannot be said strictly."""
+class _NotPlainError(Exception):
+    """A schema that cannot be written out, or not as it is wanted."""
 
 
 class _SchemaReader:
-    """Reads one schema of arguments, whose references lead into itself; gives up where there is no end."""
+    """Writes a schema out in full: without references, and as JSON Schema says what OpenAPI says otherwise.
 
-    def __init__(self, root: Mapping[str, Any]) -> None:
+    `exact`: for a model that must keep to it, so nothing may be lost; else what is dear to check is left out.
+    """
+
+    def __init__(self, root: Mapping[str, Any], *, exact: bool = False) -> None:
         self._root = root
+        self._exact = exact
         self._left = _MOST_PARTS
+        self._depth = 0
 
-    def strict(self, part: Any, *, is_inner: bool = False) -> JSONObject:
-        """`part` as strict mode wants it. Raises _NotStrictError."""
-        if not isinstance(part, Mapping) or not _STRICT_KEYWORDS.issuperset(part):
-            raise _NotStrictError
-        if "$ref" in part or "allOf" in part:
-            return self.strict(self.merged(part), is_inner=is_inner)
-        self._count()
-        strict = {key: value for key, value in part.items() if key in _SAID_STRICTLY}
-        if "anyOf" in part:
-            if strict.keys() - {"description"} or "properties" in part or "items" in part:
-                raise _NotStrictError
-            strict["anyOf"] = [self.strict(option, is_inner=True) for option in _as_parts(part["anyOf"])]
-        elif "type" not in part and not strict.keys() & {"enum", "const"}:
-            raise _NotStrictError  # it may be anything
-        kinds = _kinds_of(part)
-        if "object" in kinds:
-            strict |= self._strict_object(part, is_inner)
-        if "array" in kinds:
-            strict["items"] = self.strict(part.get("items"), is_inner=True)
-        return _nullable(strict) if part.get("nullable") is True else strict
-
-    def _strict_object(self, part: Mapping[str, Any], is_inner: bool) -> JSONObject:
-        properties = part.get("properties", {} if "additionalProperties" in part or not is_inner else None)
-        if not isinstance(properties, Mapping) or part.get("additionalProperties") not in (None, False):
-            raise _NotStrictError  # any names may stand in it
-        required = part.get("required", [])
-        if not isinstance(required, list) or not all(name in properties for name in map(str, required)):
-            raise _NotStrictError
-        strict = {name: self.strict(inner, is_inner=True) for name, inner in properties.items()}
-        return {
-            "properties": {
-                name: inner if name in required else _nullable(inner) for name, inner in strict.items()
-            },
-            "required": list(properties),
-            "additionalProperties": False,
-        }
-
-    def merged(self, part: Mapping[str, Any]) -> JSONObject:
-        """A schema with what it refers to, or is made of, in its place; the last description counts.
+    def plain(self, part: Any) -> JSONObject:
+        """`part` written out.
 
         Raises:
-            _NotStrictError: it leads nowhere, has no end, or what it is made of contradicts itself.
+            _NotPlainError: it leads nowhere, has no end, or contradicts itself.
         """
-        self._count()
-        merged: JSONObject = {}
+        if not isinstance(part, Mapping):
+            if self._exact or part is not True:
+                raise _NotPlainError
+            return {}
+        with self._deeper():
+            return self._plain(part)
+
+    def _plain(self, part: Mapping[str, Any]) -> JSONObject:
+        if self._exact and not _STRICT_KEYWORDS.issuperset(part):
+            raise _NotPlainError
+        if "$ref" in part or "allOf" in part:
+            return self.plain(self._merged(part))
+        said = _SAID_STRICTLY if self._exact else _CHECKED
+        plain = {key: value for key, value in part.items() if key in said}
+        self._take_kinds(plain)
+        _take_bounds(plain)
+        self._take_inner(plain, part)
+        return _nullable(plain) if part.get("nullable") is True else plain
+
+    def _take_kinds(self, plain: JSONObject) -> None:
+        kinds = _kinds_of(plain)
+        if "type" in plain and not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+            if self._exact:
+                raise _NotPlainError
+            del plain["type"]
+
+    def _take_inner(self, plain: JSONObject, part: Mapping[str, Any]) -> None:
+        """The schemas within a schema."""
+        properties = part.get("properties")
+        is_sound = isinstance(properties, Mapping | None) and isinstance(part.get("required"), list | None)
+        if self._exact and not is_sound:
+            raise _NotPlainError
+        if isinstance(properties, Mapping):
+            plain["properties"] = {str(name): self.plain(inner) for name, inner in properties.items()}
+        if isinstance(part.get("required"), list):
+            plain["required"] = [name for name in part["required"] if isinstance(name, str)]
+        if part.get("additionalProperties") is not None and "patternProperties" not in part:
+            more = part["additionalProperties"]
+            plain["additionalProperties"] = more if isinstance(more, bool) else self.plain(more)
+        if isinstance(part.get("items"), Mapping):
+            plain["items"] = self.plain(part["items"])
+        for key in ("anyOf", "oneOf"):
+            if isinstance(part.get(key), list) and part[key]:
+                plain[key] = [self.plain(option) for option in part[key]]
+
+    def _merged(self, part: Mapping[str, Any]) -> JSONObject:
+        """A schema with what it refers to, or is made of, in its place; the last description counts."""
         own = {key: value for key, value in part.items() if key not in ("$ref", "allOf")}
-        references = [self._referred(part["$ref"])] if "$ref" in part else []
-        wholes = _as_parts(part["allOf"]) if "allOf" in part else []
-        for piece in (*references, *wholes, own):
+        pieces = [self._referred(part["$ref"])] if "$ref" in part else []
+        pieces += part["allOf"] if isinstance(part.get("allOf"), list) else []
+        merged: JSONObject = {}
+        for piece in (*pieces, own):
             if not isinstance(piece, Mapping):
-                raise _NotStrictError
-            inner = self.merged(piece) if "$ref" in piece or "allOf" in piece else piece
+                raise _NotPlainError
+            with self._deeper():
+                inner = self._merged(piece) if "$ref" in piece or "allOf" in piece else piece
+            for one, other in ((merged, inner), (inner, merged)):
+                if one.get("additionalProperties") is False and other.get("properties"):
+                    raise _NotPlainError  # one half forbids the properties of the other
             for key, value in inner.items():
                 merged[key] = _joined(key, merged[key], value) if key in merged else value
         return merged
 
-    def _count(self) -> None:
+    @contextlib.contextmanager
+    def _deeper(self) -> Iterator[None]:
+        """One part more, within another; both are bounded."""
         self._left -= 1
-        if self._left < 0:
-            raise _NotStrictError
+        self._depth += 1
+        if self._left < 0 or self._depth > _DEEPEST_PART:
+            raise _NotPlainError
+        yield
+        self._depth -= 1
 
     def _referred(self, reference: Any) -> Any:
         """What a reference within the schema leads to."""
         found: Any = self._root
         if not isinstance(reference, str) or not reference.startswith("#"):
-            raise _NotStrictError
+            raise _NotPlainError
         for step in reference[2:].split("/") if len(reference) > 1 else ():
             found = _mapping(found).get(step.replace("~1", "/").replace("~0", "~"))
         return found
 
-    def without_nulls(self, arguments: Any, schema: Any) -> Any:
-        """Arguments without the nulls that stand for "not given", in every object of them."""
-        part = _mapping(schema)
-        if "$ref" in part or "allOf" in part:
-            with contextlib.suppress(_NotStrictError, RecursionError):
-                part = self.merged(part)
-        if isinstance(arguments, list):
-            return [self.without_nulls(entry, part.get("items")) for entry in arguments]
-        if not isinstance(arguments, dict):
-            return arguments
-        properties, required = _mapping(part.get("properties")), part.get("required") or ()
-        return {
-            name: self.without_nulls(value, properties.get(name))
-            for name, value in arguments.items()
-            if value is not None
-            or name in required
-            or name not in properties
-            or _takes_null(properties[name])
-        }
+
+def _take_bounds(plain: JSONObject) -> None:
+    """OpenAPI 3.0 says of a bound by true or false whether it is itself meant."""
+    for bound in ("minimum", "maximum"):
+        name = "exclusive" + bound.capitalize()
+        if isinstance(plain.get(name), bool):
+            is_outside = plain.pop(name)
+            if is_outside and bound in plain:
+                plain[name] = plain.pop(bound)
 
 
-def _as_parts(value: Any) -> list[Any]:
-    if not isinstance(value, list) or not value:
-        raise _NotStrictError
-    return value
+def _plain_schema(schema: Mapping[str, Any], *, exact: bool = False) -> JSONObject | None:
+    """A schema written out in full; None where it cannot be."""
+    try:
+        return _SchemaReader(schema, exact=exact).plain(schema)
+    except _NotPlainError:
+        return None
 
 
 def _kinds_of(part: Mapping[str, Any]) -> list[Any]:
@@ -1940,38 +1977,89 @@ def _kinds_of(part: Mapping[str, Any]) -> list[Any]:
     return kind if isinstance(kind, list) else [kind]
 
 
-def _nullable(strict: JSONObject) -> JSONObject:
+def _nullable(plain: JSONObject) -> JSONObject:
     """The same, or null."""
-    if _takes_null(strict):
-        return strict
-    if "anyOf" in strict:
-        return {**strict, "anyOf": [*strict["anyOf"], {"type": "null"}]}
-    if "enum" in strict or "const" in strict or "type" not in strict:
-        words = {key: strict[key] for key in ("description",) if key in strict}
-        bare = {key: value for key, value in strict.items() if key != "description"}
+    if _takes_null(plain):
+        return plain
+    if plain.keys() <= {"anyOf", "description"} and "anyOf" in plain:
+        return {**plain, "anyOf": [*plain["anyOf"], {"type": "null"}]}
+    if plain.keys() & {"enum", "const", "anyOf", "oneOf"} or "type" not in plain:
+        words = {key: plain[key] for key in ("description",) if key in plain}
+        bare = {key: value for key, value in plain.items() if key != "description"}
         return {**words, "anyOf": [bare, {"type": "null"}]}
-    return {**strict, "type": [*_kinds_of(strict), "null"]}
+    return {**plain, "type": [*_kinds_of(plain), "null"]}
 
 
-def _takes_null(schema: Any) -> bool:
-    """Whether null is a value of a schema in the strict form, or in that of JSON Schema or OpenAPI."""
-    part = _mapping(schema)
-    if part.get("nullable") is True or any(map(_takes_null, _objects(part.get("anyOf")))):
-        return True
-    if "enum" in part or "const" in part:
-        return None in (part["enum"] if isinstance(part.get("enum"), list) else [part.get("const", 0)])
-    return "null" in _kinds_of(part)
+def _takes_null(plain: Any) -> bool:
+    """Whether null is a value of a schema that is written out."""
+    part = _mapping(plain)
+    options = _objects(part.get("anyOf")) or _objects(part.get("oneOf"))
+    return (
+        ("type" not in part or "null" in _kinds_of(part))
+        and ("const" not in part or part["const"] is None)
+        and (not isinstance(part.get("enum"), list) or None in part["enum"])
+        and (not options or any(map(_takes_null, options)))
+    )
 
 
 def _joined(key: str, one: Any, other: Any) -> Any:
     """A keyword of two schemas that both hold."""
-    if one == other or key in ("title", "description", "default", "examples"):
+    if one == other or key in ("title", "description", "default", "examples", "$defs", "definitions"):
         return other
     if key == "properties" and not _mapping(one).keys() & _mapping(other).keys():
         return {**_mapping(one), **_mapping(other)}
     if key == "required" and isinstance(one, list) and isinstance(other, list):
         return [*one, *(name for name in other if name not in one)]
-    raise _NotStrictError
+    raise _NotPlainError
+
+
+def _without_nulls_of(value: Any, schema: Any) -> Any:
+    """Arguments without the nulls that stand for "not given"; `schema` is written out.
+
+    Of several schemas the first counts for which the value is right then.
+    """
+    part = _mapping(schema)
+    options = _objects(part.get("anyOf")) or _objects(part.get("oneOf"))
+    if options and isinstance(value, dict | list):
+        cleaned = ((_without_nulls_of(value, option), option) for option in options)
+        return next((plain for plain, option in cleaned if not _problem_with(plain, option)), value)
+    if isinstance(value, list):
+        return [_without_nulls_of(entry, part.get("items")) for entry in value]
+    if not isinstance(value, dict):
+        return value
+    properties, required = _mapping(part.get("properties")), _strings(part.get("required"))
+    return {
+        name: _without_nulls_of(inner, properties.get(name))
+        for name, inner in value.items()
+        if inner is not None or name in required or name not in properties or _takes_null(properties[name])
+    }
+
+
+def _problem_with(value: Any, schema: Mapping[str, Any]) -> str:
+    """What is wrong with a value by its schema, written out; nothing where that makes no sense."""
+    try:
+        from jsonschema import Draft202012Validator
+    except ImportError:  # it comes with Open WebUI
+        return ""
+    try:
+        errors = Draft202012Validator(dict(schema)).iter_errors(value)
+        error = next((error for error in errors if not _is_forgiven(error)), None)
+    except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RecursionError):
+        return ""
+    if error is None:
+        return ""
+    return f"{'.'.join(map(str, error.absolute_path)) or 'they'}: {error.message[:300]}"
+
+
+def _is_forgiven(error: Any) -> bool:
+    """Whether the host puts a value right: numbers as texts, and texts as numbers."""
+    if error.validator != "type":
+        return False
+    wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
+    if isinstance(error.instance, str):
+        is_number = error.instance.strip().removeprefix("-").isdecimal()
+        return is_number and any(kind in ("integer", "number") for kind in wanted)
+    return "string" in wanted and _is_number(error.instance)
 
 
 # ── 5. Session logging ───────────────────────────────────────────────────────
@@ -2753,7 +2841,8 @@ def _plain_result(call: ToolCall, result: Any) -> ToolResult:
         return ToolResult(call, _NO_OUTPUT)
     if isinstance(result, str):
         return ToolResult(call, result)
-    return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str))
+    failed = bool(_mapping(result).get("error"))
+    return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str), failed)
 
 
 _NO_OUTPUT: Final = "(The tool gave no output.)"
@@ -3071,7 +3160,7 @@ class OpenWebUIHost:
 
             bound = {"__files__": call.metadata.get("files") or []}
             run = await get_updated_tool_function(function=run, extra_params=bound)
-        if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
+        if inspect.iscoroutinefunction(inspect.unwrap(getattr(run, "__function__", run))):
             return await run(**arguments)
         around = contextvars.copy_context()
         return await asyncio.get_running_loop().run_in_executor(
@@ -4369,7 +4458,7 @@ def _transform_messages_to_input(
         build(history, message, spec)
         if calls:
             open_calls = {call.call_id: sent for call, sent in calls}
-            history.items += [_call_item(call, sent) for call, sent in calls]
+            history.items += [_call_item(call, sent, settings.tool_names) for call, sent in calls]
     if outputs > 1:
         _sort_outputs(history.items)
     _keep_latest_images(history)
@@ -4583,8 +4672,8 @@ def _answered_calls(
     return list(found.values())
 
 
-def _call_item(call: ToolCall, sent_id: str) -> JSONObject:
-    name = _safe_tool_name(call.name)
+def _call_item(call: ToolCall, sent_id: str, names: Mapping[str, str]) -> JSONObject:
+    name = names.get(call.name) or _safe_tool_name(call.name)
     return {"type": "function_call", "call_id": sent_id, "name": name, "arguments": call.arguments}
 
 
@@ -4639,7 +4728,8 @@ class TurnRecord:
         elif isinstance(emission, ItemClosed):
             if emission.kind == "message":
                 text = self._texts[emission.item] = _said_in(emission.payload)
-                self._entries[emission.item] = _message_entry(text, emission.payload.get("phase"))
+                # Open WebUI takes the spaces around an answer away.
+                self._entries[emission.item] = _message_entry(text.strip(), emission.payload.get("phase"))
             elif items := _replayable(emission.payload):
                 self._entries[emission.item] = {"reasoning": items[0]} if len(items) == 1 else {"all": items}
 
@@ -4657,25 +4747,36 @@ class TurnRecord:
         """The calls as the model wrote them, whichever was finished first."""
         return [self._calls[number] for number in sorted(self._calls) if number in self._entries]
 
-    def input_items(self) -> list[JSONObject]:
-        """The output as the next upstream call gets it, and as a later turn will replay it."""
+    def input_items(self, names: Mapping[str, str], *, is_kept: bool) -> list[JSONObject]:
+        """The output as the next upstream call gets it, which is as a later turn of the chat will have it.
+
+        `is_kept`: the host keeps the record. Without reasoning there is none: then one text stands before the
+        calls, as the host hands it back.
+        """
         history = _History(_PLAIN_SETTINGS)
+        reasons = any(map(_reasoning_of, self._entries.values()))
+        if not reasons:
+            texts = [self._texts[number] for number in sorted(self._texts) if number in self._entries]
+            _add_answer(history, "\n".join(texts))
+            return [*history.items, *(_call_item(call, call.call_id, names) for call in self.calls)]
         for number in sorted(self._entries):
             entry = self._entries[number]
             if "call" in entry:
                 call = self._calls[number]
-                history.items.append(_call_item(call, call.call_id))
+                history.items.append(_call_item(call, call.call_id, names))
             elif "message" in entry:
-                _add_answer(history, self._texts[number], _text(entry.get("phase")))
+                _add_answer(
+                    history, self._texts[number].strip(), _text(entry.get("phase")) if is_kept else ""
+                )
             else:
                 history.items += _reasoning_of(entry)
         return history.items
 
 
 def _said_in(payload: Mapping[str, Any]) -> str:
-    """The text of a message item; Open WebUI takes the spaces around an answer away."""
+    """The text of a message item."""
     parts = _objects(payload.get("content"))
-    return _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts)).strip()
+    return _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))
 
 
 def _message_entry(text: str, phase: Any) -> JSONObject:
@@ -4837,12 +4938,12 @@ def _add_replayed(
         if "message" in entry:
             _add_answer(history, texts.pop(0), _text(entry.get("phase")))
         elif "call" in entry:
-            history.items.append(_call_item(*left_calls.popleft()))
+            history.items.append(_call_item(*left_calls.popleft(), history.settings.tool_names))
         else:
             history.items += _reasoning_of(entry)
     for rest in texts:
         _add_answer(history, rest)
-    history.items += [_call_item(call, sent) for call, sent in left_calls]
+    history.items += [_call_item(call, sent, history.settings.tool_names) for call, sent in left_calls]
     return True
 
 
@@ -5490,6 +5591,9 @@ class ResponsesBody(NamedTuple):
         Raises:
             InputError: nothing is left to send, or a parameter has a value of the wrong kind.
         """
+        offered = _to_response_tools(body.tools, settings) if settings.offer_tools else {}
+        names = {tool.host_name: tool.name for tool in offered}
+        settings = settings._replace(tool_names=names)
         history = _transform_messages_to_input(body.messages, spec, settings, intake)
         if not history.items:
             raise InputError(" ".join(("It holds nothing to answer.", *history.notices())))
@@ -5497,7 +5601,6 @@ class ResponsesBody(NamedTuple):
         parameters = dict(body.parameters)
         if instructions := _with_own_prompt(history.instructions, parameters):
             payload["instructions"] = instructions
-        offered = _to_response_tools(body.tools, settings) if settings.offer_tools else {}
         if offered and not spec.takes_tools:
             history.left_out["tool"], offered = len(offered), {}
         if offered:
@@ -5505,6 +5608,7 @@ class ResponsesBody(NamedTuple):
         else:
             parameters = {k: v for k, v in parameters.items() if k not in _TOOL_PARAMETERS}
         _set_parameters(payload, parameters)
+        _set_tool_choice(payload, names)
         _set_reasoning(payload, spec, settings)
         _set_pdf_engine(payload, settings)
         _set_identity(payload, settings)
@@ -5878,6 +5982,18 @@ def _set_parameters(payload: JSONObject, parameters: Mapping[str, Any]) -> None:
             target[path[-1]] = value
 
 
+def _set_tool_choice(payload: JSONObject, names: Mapping[str, str]) -> None:
+    """Name the chosen function as the model knows it; what is not offered cannot be chosen."""
+    choice = _mapping(payload.get("tool_choice"))
+    if choice.get("type") != "function":
+        return
+    name = names.get(choice["name"])
+    if name is None:
+        del payload["tool_choice"]
+    else:
+        payload["tool_choice"] = {**choice, "name": name}
+
+
 def _set_reasoning(payload: JSONObject, spec: ModelSpec, settings: RequestSettings) -> None:
     """What is asked for of a model that thinks; a task has nobody who would read it."""
     asked = payload.pop("reasoning", {})
@@ -5930,30 +6046,26 @@ def _to_response_tools(
 
     Of two with one name the first is offered, because only one of them can be called by it.
     """
-    flat: dict[OfferedTool, JSONObject] = {}
-    used: set[str] = set()
-    seen: set[str] = set()
+    functions: dict[str, Mapping[str, Any]] = {}
     for tool in tools:
         function = _mapping(tool.get("function"))
-        host_name = _text(function.get("name"))
-        if (
-            tool.get("type") != "function"
-            or not host_name
-            or host_name in seen
-            or not _may_offer(host_name, settings)
-        ):
-            continue
-        seen.add(host_name)
-        name = _unique_tool_name(host_name, used)
-        schema = _mapping(function.get("parameters")) or _NO_PARAMETERS
-        entry: JSONObject = {"type": "function", "name": name, "parameters": schema}
-        if function.get("description"):
-            entry["description"] = function["description"]
-        strict = _strictify_schema(schema) if settings.strict_tools else None
-        if strict is not None:
-            entry |= {"parameters": strict, "strict": True}
-        flat[OfferedTool(name, host_name)] = entry
-    return flat
+        name = _text(function.get("name"))
+        if tool.get("type") == "function" and name and _may_offer(name, settings):
+            functions.setdefault(name, function)
+    names = _tool_names(functions)
+    return {
+        OfferedTool(names[name], name): _to_response_tool(names[name], functions[name], settings)
+        for name in functions
+    }
+
+
+def _to_response_tool(name: str, function: Mapping[str, Any], settings: RequestSettings) -> JSONObject:
+    schema = _mapping(function.get("parameters")) or _NO_PARAMETERS
+    entry: JSONObject = {"type": "function", "name": name, "parameters": schema}
+    if function.get("description"):
+        entry["description"] = function["description"]
+    strict = _strictify_schema(schema) if settings.strict_tools else None
+    return entry if strict is None else {**entry, "parameters": strict, "strict": True}
 
 
 _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
@@ -5966,13 +6078,20 @@ def _may_offer(host_name: str, settings: RequestSettings) -> bool:
     return is_chosen and (settings.only_tools is None or host_name in settings.only_tools)
 
 
-def _unique_tool_name(host_name: str, used: set[str]) -> str:
-    name = _safe_tool_name(host_name)
-    while name in used:
-        end = f"_{len(used)}"
-        name = name[: _MAX_TOOL_NAME - len(end)] + end
-    used.add(name)
-    return name
+def _tool_names(host_names: Iterable[str]) -> dict[str, str]:
+    """A name that every provider takes for each tool; who has one already keeps it."""
+    names = {name: name for name in host_names if _safe_tool_name(name) == name}
+    used = set(names)
+    for host_name in host_names:
+        name = names.get(host_name) or _safe_tool_name(host_name)
+        for count in itertools.count(2):
+            if host_name in names or name not in used:
+                break
+            end = f"_{count}"
+            name = _safe_tool_name(host_name)[: _MAX_TOOL_NAME - len(end)] + end
+        used.add(name)
+        names[host_name] = name
+    return names
 
 
 # Schemas that a model must keep to
@@ -5984,11 +6103,46 @@ def _strictify_schema(schema: Mapping[str, Any]) -> JSONObject | None:
     What was optional may be null; `_without_nulls_of` takes such nulls away again. What is valid for the
     result is then valid for `schema`. Source: OpenAI's guide to structured outputs.
     """
+    plain = _plain_schema(schema, exact=True)
+    if plain is None:
+        return None
+    plain.setdefault("properties", {})
     try:
-        strict = _SchemaReader(schema).strict(schema)
-    except (_NotStrictError, RecursionError):
+        strict = _strict(plain)
+    except _NotPlainError:
         return None
     return strict if strict.get("type") == "object" else None
+
+
+def _strict(part: JSONObject) -> JSONObject:
+    strict = {key: value for key, value in part.items() if key in _SAID_STRICTLY}
+    if "anyOf" in part:
+        if part.keys() - {"anyOf", "description"}:
+            raise _NotPlainError
+        return {**strict, "anyOf": [_strict(option) for option in part["anyOf"]]}
+    if not strict.keys() & {"type", "enum", "const"}:
+        raise _NotPlainError  # it may be anything
+    kinds = _kinds_of(part)
+    if "object" in kinds:
+        properties = part.get("properties")
+        if properties is None or part.get("additionalProperties") not in (None, False):
+            raise _NotPlainError  # any names may stand in it
+        required = part.get("required", [])
+        if not all(name in properties for name in required):
+            raise _NotPlainError
+        inner = {name: _strict(value) for name, value in properties.items()}
+        strict |= {
+            "properties": {
+                name: value if name in required else _nullable(value) for name, value in inner.items()
+            },
+            "required": list(properties),
+            "additionalProperties": False,
+        }
+    if "array" in kinds:
+        if "items" not in part:
+            raise _NotPlainError
+        strict["items"] = _strict(part["items"])
+    return strict
 
 
 # The same request for /chat/completions (reference §13)
@@ -7656,8 +7810,7 @@ class _BrowserWriter(_Writer):
         self._closed: dict[int, JSONObject] = {}  # the ends of reasoning items, by the same
         self._next_index = 0
         self._calls: list[ToolRequested] = []
-        self._written_calls: dict[str, tuple[int, JSONObject]] = {}  # call id -> (its index, the item)
-        self._running: list[ToolCall] = []
+        self._unanswered: dict[str, tuple[int, JSONObject, ToolCall]] = {}  # by call id: (index, item, call)
         self._usage: JSONObject | None = None
 
     def _start(self, number: int, kind: str, entries: list[Entry]) -> _OpenItem:
@@ -7744,19 +7897,12 @@ class _BrowserWriter(_Writer):
         self._closed.clear()
         return [*entries, *self._usage_event(always=True)]
 
-    def _write_started(self, started: ToolStarted) -> list[Entry]:
-        """From here on the call is ours to answer, whatever comes."""
-        self._running.append(started.call)
-        return []
-
     def _write_finished(self, finished: ToolFinished) -> list[Entry]:
-        result = finished.result
-        self._running = [call for call in self._running if call.call_id != result.call.call_id]
-        return self._output_events(result)
+        return self._output_events(finished.result)
 
     def _output_events(self, result: ToolResult) -> list[Entry]:
         """The end of a call's card, then its output: only `done`, because older hosts mix the two up."""
-        index, item = self._written_calls[result.call.call_id]
+        index, item, _ = self._unanswered.pop(result.call.call_id)
         done = {"type": "response.output_item.done", "output_index": index}
         ended = [{**done, "item": {**item, "status": "failed"}}] if result.failed else []
         pictures = [{"type": "input_image", "image_url": url} for url in result.images]
@@ -7776,9 +7922,8 @@ class _BrowserWriter(_Writer):
     def _write_failure(self, failed: Failed) -> list[Entry]:
         self._calls.clear()
         entries = self._close_all("incomplete")
-        for call in self._running:
+        for *_, call in list(self._unanswered.values()):  # the host would run them all the same
             entries += self._output_events(ToolResult(call, _NOT_FINISHED, failed=True))
-        self._running.clear()
         return [*entries, *self._usage_event(always=False), {"error": {"message": failed.error.user_message}}]
 
     def _close_all(self, status: str) -> list[Entry]:
@@ -7790,7 +7935,7 @@ class _BrowserWriter(_Writer):
         item = {"type": "function_call", "id": _new_item_id("fc"), "call_id": call.call_id, **call.function()}
         index = self._next_index
         self._next_index += 1
-        self._written_calls[call.call_id] = (index, item)
+        self._unanswered[call.call_id] = (index, item, call)
         return [
             {
                 "type": f"response.output_item.{what}",
@@ -7813,7 +7958,6 @@ class _BrowserWriter(_Writer):
         ReasoningDelta: _write_reasoning,
         ItemClosed: _write_closed,
         ToolRequested: _keep_call,
-        ToolStarted: _write_started,
         ToolFinished: _write_finished,
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
@@ -7854,9 +7998,12 @@ class _BrowserJSONWriter(_BrowserWriter):
         self._items: dict[int, JSONObject] = {}  # by the index that they got when they began
         self._totals: JSONObject = {}
         self._error: JSONObject | None = None
+        self._goes_on = False  # calls are being run
 
     def write(self, emission: Emission) -> Iterable[Entry]:
         """Keep what the browser dialect would have sent."""
+        if isinstance(emission, TurnEnded):
+            self._goes_on = emission.goes_on
         self._keep(super().write(emission))
         return ()
 
@@ -7874,6 +8021,8 @@ class _BrowserJSONWriter(_BrowserWriter):
     def result(self) -> JSONObject:
         """`{choices, output, usage}`, and `error` beside them if the answer broke off."""
         self._keep(self._close_all("incomplete"))  # somebody pressed Stop
+        for index, item, _ in self._unanswered.values() if self._goes_on else ():
+            self._items[index] = {**item, "status": "incomplete"}
         items = [self._items[index] for index in sorted(self._items)]
         if not items and self._error is None:  # of nothing at all the host would keep no usage
             content = [{"type": "output_text", "text": "", "annotations": []}]
@@ -8128,6 +8277,7 @@ class Emitter:
         self._writing_s = 0.0  # for how long it wrote in those that have ended
         self._page = page
         self._cited: set[str] = set()
+        self._running: dict[str, str] = {}  # call id -> tool
         self._warnings: list[str] = []
         self._status_open = False
         self._empty = True
@@ -8204,12 +8354,14 @@ class Emitter:
 
     async def _emit_tool_prompt(self, started: ToolStarted) -> None:
         """What is being run, where no card shows it."""
+        self._running[started.call.call_id] = started.call.name
         if not self._writer.SHOWS_CALLS:
             await self._emit_status(StatusUpdate(f"Running {started.call.name}"))
 
     async def _emit_tool_sources(self, finished: ToolFinished) -> None:
-        if not self._writer.SHOWS_CALLS:
-            await self._emit_status(StatusUpdate(f"Ran {finished.result.call.name}", done=True, hidden=True))
+        self._running.pop(finished.result.call.call_id, None)
+        if not self._writer.SHOWS_CALLS and not self._running:
+            await self._emit_status(StatusUpdate(f"Ran {finished.result.call.name}", done=True))
         for source in finished.result.sources:
             await self._emit({"type": "source", "data": source})
 
@@ -8741,27 +8893,28 @@ class _Turnstile:
         self.inside = 0
         self._waiting: deque[tuple[int, asyncio.Future[None]]] = deque()
 
-    @contextlib.asynccontextmanager
-    async def pass_through(self, most: int) -> AsyncGenerator[None, None]:
-        """Wait for room for one more among `most`, and hold it."""
-        if self._waiting or self.inside >= most:
-            turn = asyncio.get_running_loop().create_future()
-            self._waiting.append((most, turn))
-            try:
-                await turn
-            except asyncio.CancelledError:
-                if turn.done() and not turn.cancelled():
-                    self._leave()
-                raise
-        else:
+    async def enter(self, most: int) -> None:
+        """Wait for room for one more among `most`; who has come in has to `leave`."""
+        if not self._waiting and self.inside < most:
             self.inside += 1
+            return
+        turn = asyncio.get_running_loop().create_future()
+        self._waiting.append((most, turn))
         try:
-            yield
-        finally:
-            self._leave()
+            await turn
+        except asyncio.CancelledError:
+            if turn.cancelled():
+                self._let_in()  # whoever stood behind this one
+            else:
+                self.leave()
+            raise
 
-    def _leave(self) -> None:
+    def leave(self) -> None:
+        """Make room for the next."""
         self.inside -= 1
+        self._let_in()
+
+    def _let_in(self) -> None:
         while self._waiting and (self._waiting[0][1].done() or self.inside < self._waiting[0][0]):
             turn = self._waiting.popleft()[1]
             if not turn.done():
@@ -8782,10 +8935,10 @@ class ToolOrchestrator:
 
     @contextlib.asynccontextmanager
     async def open_context(
-        self, request: ChatRequest, limits: ToolLimits
+        self, request: ChatRequest, offered: Container[str], limits: ToolLimits
     ) -> AsyncGenerator[_ToolExecutionContext, None]:
-        """The tools of one request; leaving it ends what still runs."""
-        context = self._get_tool_context(request, limits)
+        """The tools of one request, `offered` by the host's names; leaving it ends what still runs."""
+        context = self._get_tool_context(request, offered, limits)
         try:
             yield context
         finally:
@@ -8803,8 +8956,10 @@ class ToolOrchestrator:
         """Run nothing more; threads end when what they run does."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
-    def _get_tool_context(self, request: ChatRequest, limits: ToolLimits) -> _ToolExecutionContext:
-        return _ToolExecutionContext(request, limits)
+    def _get_tool_context(
+        self, request: ChatRequest, offered: Container[str], limits: ToolLimits
+    ) -> _ToolExecutionContext:
+        return _ToolExecutionContext(request, offered, limits)
 
     async def _execute_tool_batch(
         self, context: _ToolExecutionContext, calls: Sequence[ToolCall], sink: Sink
@@ -8846,25 +9001,27 @@ class ToolOrchestrator:
         """Run one call; whatever goes wrong becomes its result."""
         call, limits = queued.call, context.limits
         watched = (context.request.user_id, call.name, limits)
+        by_tool = True
         try:
             tool = _mapping(context.request.host.tools.get(call.name))
-            if not tool:
+            if not tool or call.name not in context.offered:
                 raise ToolInputError(f"There is no tool called “{call.name[:80]}”")
             arguments = _arguments_of(call, tool)
             if not self._breaker.allow(*watched):
                 remark = f"The tool {call.name} has failed repeatedly and is temporarily disabled"
                 return ToolResult(call, f"Error: {remark}. Do without it.", failed=True, remark=remark)
             result = await self._run_tool(call, tool, arguments, queued.deadline, context)
-        except ToolInputError as exc:
-            return ToolResult(call, f"Error: {exc.detail}." + context.remark_on(call), failed=True)
+        except ToolError as exc:
+            by_tool = exc.by_tool
+            result = ToolResult(call, f"Error: {exc.detail}.", failed=True)
         except Exception as exc:
-            words = exc.detail if isinstance(exc, ToolError) else f"{type(exc).__name__}: {exc}"
             LOGGER.info("the tool %s failed: %s", call.name, type(exc).__name__)
+            words = traceback.format_exception_only(exc)[-1].strip()
             result = ToolResult(call, f"Error: {words[:_MOST_ERROR_CHARS]}", failed=True)
-        if self._breaker.record(*watched, failed=result.failed):
+        if by_tool and self._breaker.record(*watched, failed=result.failed):
             LOGGER.warning("the tool %s is left alone for %.0f s", call.name, limits.window_s)
-        text = _cut_text(result.text, limits.most_chars) + context.remark_on(call)
-        return result._replace(text=text)
+        remark = context.remark_on(call)
+        return result._replace(text=_cut_text(result.text, limits.most_chars - len(remark)) + remark)
 
     async def _run_tool(
         self,
@@ -8883,29 +9040,44 @@ class ToolOrchestrator:
         host = context.request.host
 
         async def call_and_read() -> ToolResult:
-            raw = await self._host.call_tool(tool, call.name, arguments, host, self._threads)
-            return await self._host.tool_result(call, tool, arguments, raw, host)
+            try:
+                raw = await self._host.call_tool(tool, call.name, arguments, host, self._threads)
+                return await self._host.tool_result(call, tool, arguments, raw, host)
+            except SystemExit:  # it would end the server
+                raise ToolError("The tool ended itself") from None
 
-        timer = asyncio.timeout_at(deadline)
         try:
-            async with timer, self._gate.pass_through(context.limits.at_once_everywhere):
-                return await self._within(call_and_read(), call.name, context.limits.timeout_s)
+            async with asyncio.timeout_at(deadline):
+                await self._gate.enter(context.limits.at_once_everywhere)
         except TimeoutError:
-            if not timer.expired():
-                raise
-            words = _in_words(context.limits.batch_timeout_s)
-            raise ToolError(f"The calls of this round took longer than {words} together") from None
+            raise ToolInputError("There was no time left for this call in its round") from None
+        left, own = deadline - asyncio.get_running_loop().time(), context.limits.timeout_s
+        if left <= 0:
+            self._gate.leave()
+            raise ToolInputError("There was no time left for this call in its round")
+        words = f"The tool did not finish within {_in_words(own)}"
+        if left < own:
+            round_s = _in_words(context.limits.batch_timeout_s)
+            words = f"The calls of this round took longer than {round_s} together"
+        return await self._within(call_and_read(), min(left, own), words)
 
-    async def _within(self, work: Coroutine[Any, Any, ToolResult], name: str, seconds: float) -> ToolResult:
-        """The result of `work`, which is left behind if it neither ends in time nor when it is told to."""
-        task = asyncio.get_running_loop().create_task(work, name=f"tool {name}")
+    async def _within(self, work: Coroutine[Any, Any, ToolResult], seconds: float, words: str) -> ToolResult:
+        """The result of `work`, which is left behind if it neither ends in time nor when it is told to.
+
+        It holds its place at the gate until it has ended.
+        """
+        task = asyncio.get_running_loop().create_task(work, name="tool")
+        task.add_done_callback(lambda _: self._gate.leave())
         try:
             await asyncio.wait((task,), timeout=seconds)
+            if not task.done():
+                raise ToolError(words)
             if task.cancelled():  # by itself: it must not look as if somebody had pressed Stop
                 raise ToolError("The tool was cancelled")
-            if task.done():
-                return task.result()
-            raise ToolError(f"The tool did not finish within {_in_words(seconds)}")
+            error = task.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise ToolError(f"The tool was ended by {type(error).__name__}")
+            return task.result()
         finally:
             if not task.done():
                 task.cancel()
@@ -8915,7 +9087,7 @@ class ToolOrchestrator:
 
 
 _MOST_ERROR_CHARS: Final = 2_000
-_TOOL_THREADS: Final = 32
+_TOOL_THREADS: Final = 256
 
 
 def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
@@ -8930,49 +9102,27 @@ def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
         raise ToolInputError("The arguments are not valid JSON. Please call the tool again") from None
     if not isinstance(arguments, dict):
         raise ToolInputError("The arguments must be a JSON object. Please call the tool again")
-    schema = _mapping(_mapping(tool.get("spec")).get("parameters"))
-    arguments = _SchemaReader(schema).without_nulls(arguments, schema)
+    if _is_deep(arguments):
+        raise ToolInputError("The arguments are nested too deeply. Please call the tool again")
+    given = _mapping(_mapping(tool.get("spec")).get("parameters"))
+    plain = _plain_schema(given)
+    schema = given if plain is None else plain
+    arguments = _without_nulls_of(arguments, schema)
     properties = _mapping(schema.get("properties"))
     if tool.get("type") != "mcp":  # MCP servers look at theirs themselves
         arguments = {name: value for name, value in arguments.items() if name in properties}
-    if problem := _problem_with(arguments, schema):
+    missing = [name for name in _strings(schema.get("required")) if name not in arguments]
+    problem = f"{', '.join(missing)} is missing" if missing else ""
+    if plain is not None and not problem:  # what has no end cannot be checked
+        problem = _problem_with(arguments, plain)
+    if problem:
         raise ToolInputError(f"The arguments do not fit: {problem}. Please call the tool again")
     return arguments
 
 
-def _problem_with(arguments: JSONObject, schema: Mapping[str, Any]) -> str:
-    """What is wrong with arguments by their schema; nothing where the schema itself cannot be read."""
-    missing = [name for name in _strings(schema.get("required")) if name not in arguments]
-    if missing:
-        return f"{', '.join(missing)} is missing"
-    try:
-        from jsonschema import Draft202012Validator
-        from referencing import Registry
-        from referencing.exceptions import Unresolvable
-    except ImportError:  # it comes with Open WebUI
-        return ""
-    try:
-        # A registry of its own: by default a schema could have others fetched from the web.
-        errors = Draft202012Validator(dict(schema), registry=Registry()).iter_errors(arguments)
-        error = next((error for error in errors if not _is_forgiven(error)), None)
-    except (Unresolvable, TypeError, ValueError, AttributeError, KeyError, RecursionError, re.error):
-        return ""
-    if error is None:
-        return ""
-    return f"{'.'.join(map(str, error.absolute_path)) or 'they'}: {error.message[:300]}"
-
-
-def _is_forgiven(error: Any) -> bool:
-    """Whether a value is right all the same: null as OpenAPI allows it, numbers that the host converts."""
-    if error.validator != "type":
-        return False
-    if error.instance is None:
-        return _mapping(error.schema).get("nullable") is True
-    wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
-    if isinstance(error.instance, str):
-        is_number = error.instance.strip().removeprefix("-").isdecimal()
-        return is_number and any(kind in ("integer", "number") for kind in wanted)
-    return "string" in wanted and _is_number(error.instance)
+def _is_deep(value: Any, left: int = 100) -> bool:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return left < 0 or any(_is_deep(part, left - 1) for part in inner)
 
 
 # ── 18. Streaming engine ─────────────────────────────────────────────────────
@@ -9457,7 +9607,9 @@ class TurnLoop:
         connection = connection._replace(headers=(*connection.headers, *who.items()))
         keeps = settings.replay != "off" and spec.reasons and not request.is_task
         talk = _Talk(job, body, spec, settings, connection, translated.tools, keeps)
-        async with self._tools.open_context(request, _tool_limits(job.valves)) as context:
+        async with self._tools.open_context(
+            request, talk.callable_names, _tool_limits(job.valves)
+        ) as context:
             await self._converse(talk, payload, context)
 
     async def _converse(self, talk: _Talk, payload: JSONObject, context: _ToolExecutionContext) -> None:
@@ -9480,12 +9632,14 @@ class TurnLoop:
                 results = await self._tools.run(context, turn.mine, send)
             else:
                 results = [ToolResult(call, _ONE_ROUND_TOO_MANY, failed=True) for call in turn.mine]
-                told = Notice(f"Stopped after {rounds} rounds of tools")
+                told = Notice(f"Stopped after {rounds} round{'s' * (rounds != 1)} of tools")
                 await send([*map(ToolStarted, turn.mine), *map(ToolFinished, results), told])
             if turn.theirs:
                 return  # the host runs these, and asks again with all results
             pictures = await self._pictures_of(results, talk)
-            payload = _next_payload(payload, turn.record, results, pictures)
+            is_kept = talk.keeps and turn.record.first_reasoning is not None
+            said = turn.record.input_items(talk.names, is_kept=is_kept)
+            payload = _next_payload(payload, said, results, pictures)
             if number >= rounds:
                 payload["tool_choice"] = "none"
 
@@ -9629,6 +9783,17 @@ class _Talk(NamedTuple):
     tools: tuple[OfferedTool, ...]
     keeps: bool
 
+    @property
+    def names(self) -> dict[str, str]:
+        """What the model knows the tools by."""
+        return {tool.host_name: tool.name for tool in self.tools}
+
+    @property
+    def callable_names(self) -> frozenset[str]:
+        """The host's names of what may be called: what was offered, and what can be searched for."""
+        deferred = _strings(self.job.request.host.metadata.get("deferred_tools")) if self.tools else []
+        return frozenset([*self.names, *deferred])
+
 
 class _Turn:
     """One upstream call seen from the loop: its record, and whose its calls are.
@@ -9651,7 +9816,8 @@ class _Turn:
         self._carrier = carrier
         self._is_last = is_last
         self._host_names = {tool.name: tool.host_name for tool in talk.tools}
-        self._used_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
+        self._known_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
+        self._used_ids = set(self._known_ids)
 
     def sink(self, emissions: Sequence[Emission]) -> Awaitable[None]:
         """Pass emissions on, with what they need to be understood outside of this call."""
@@ -9669,13 +9835,15 @@ class _Turn:
             call_id = _unique_id(call.call_id, self._used_ids)
             name = self._host_names.get(call.name, call.name)
             emission = emission._replace(call=call._replace(call_id=call_id, name=name))
+        elif isinstance(emission, StatusUpdate) and not emission.done:
+            self._used_ids = set(self._known_ids)  # the try has failed, another one comes
         self.record.note(emission)
         return emission
 
     def _end(self, ended: TurnEnded) -> list[Emission]:
-        request, mode = self._talk.job.request, self._talk.job.valves.TOOL_EXECUTION_MODE
+        request = self._talk.job.request
         calls = self.record.calls if ended.outcome == "completed" else []
-        self.mine, self.theirs = _split_calls(calls, request, mode)
+        self.mine, self.theirs = _split_calls(calls, self._talk)
         goes_on = bool(self.mine) and not self.theirs
         carrier = self._carrier(self.record, request.user_id) if self._talk.keeps else []
         return [*carrier, ended._replace(goes_on=goes_on)]
@@ -9695,32 +9863,33 @@ def _runnable_tools(request: ChatRequest, mode: str) -> frozenset[str] | None:
     return frozenset(name for name, tool in tools.items() if _runs_here(tool, mode))
 
 
-def _split_calls(
-    calls: Sequence[ToolCall], request: ChatRequest, mode: str
-) -> tuple[list[ToolCall], list[ToolCall]]:
-    """(the calls that are run here, those that are left to the host or the client)."""
-    tools, in_page = request.host.tools, request.dialect in _DIALECTS_WITH_EVENTS
-    if not tools or _asks_first(request) or (in_page and mode == "open_webui"):
+def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall], list[ToolCall]]:
+    """(the calls that are run or answered here, those that are left to the host or the client)."""
+    request, mode = talk.job.request, talk.job.valves.TOOL_EXECUTION_MODE
+    if request.is_task or not calls:
         return [], list(calls)
+    tools, in_page = request.host.tools, request.dialect in _DIALECTS_WITH_EVENTS
+    is_theirs = _asks_first(request) or (in_page and mode == "open_webui")
+    may_call = talk.callable_names
+    # What was not offered is answered here: the host would run it, nobody else would.
+    unknown = {call.call_id for call in calls if call.name not in may_call}
     if not in_page:
         mode = "auto"  # Open WebUI runs nothing for programs
-    # A tool that nobody has is answered here too: the model is told so.
-    mine = [
-        call
-        for call in calls
-        if _runs_here(tools.get(call.name), mode) or (in_page and call.name not in tools)
-    ]
-    if not in_page and len(mine) < len(calls):
-        mine = []  # a client that gets some of a round cannot know of the others
-    return mine, [call for call in calls if call not in mine]
+        unknown = unknown if tools else set()
+    known = [call for call in calls if call.call_id not in unknown]
+    run = {call.call_id for call in known if not is_theirs and _runs_here(tools.get(call.name), mode)}
+    if not in_page and len(run) < len(known):
+        return [], list(calls)  # a client that gets some of a round cannot know of the others
+    mine = [call for call in calls if call.call_id in run | unknown]
+    return mine, [call for call in known if call.call_id not in run]
 
 
 def _next_payload(
-    payload: JSONObject, record: TurnRecord, results: Sequence[ToolResult], pictures: Sequence[str]
+    payload: JSONObject, said: Sequence[JSONObject], results: Sequence[ToolResult], pictures: Sequence[str]
 ) -> JSONObject:
     """The request after a round of tools, as a later turn of the chat will have it."""
     outputs = [_output_item(result.call.call_id, result.text) for result in results]
-    items = [*payload["input"], *record.input_items(), *outputs]
+    items = [*payload["input"], *said, *outputs]
     if pictures:
         text = {"type": "input_text", "text": _TOOL_PICTURES}
         items.append({"type": "message", "role": "user", "content": [text, *map(_image_part, pictures)]})

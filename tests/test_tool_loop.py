@@ -363,8 +363,16 @@ async def half() -> str:
 
 
 @pytest.mark.parametrize("dialect", IN_A_CHAT)
-@pytest.mark.parametrize("model", [SEES, REASONER])
-@pytest.mark.parametrize("case", sorted(REPLAYED))
+@pytest.mark.parametrize(
+    ("model", "case"),
+    # a model that does not reason gets its thoughts back within its round only
+    [
+        (model, case)
+        for model in (SEES, REASONER)
+        for case in sorted(REPLAYED)
+        if (model, case) != (SEES, "thoughts")
+    ],
+)
 async def test_the_next_turn_sends_the_same_again(
     case: str, model: str, dialect: str, pipe: Pipe, simulator: Simulator
 ) -> None:
@@ -558,7 +566,8 @@ async def test_a_person_who_wants_to_be_asked_is_asked(mode: str, pipe: Pipe, si
     given = given_for(script([step(a=1, b=2), step("fail"), step("nobody")]))
     given["__metadata__"]["params"] = {"tool_approval_mode": "ask"}
     answer = await call(pipe, given)
-    assert kinds(items_of(answer)) == ["function_call"] * 3
+    # what nobody has is answered at once
+    assert kinds(items_of(answer)) == [*["function_call"] * 3, "function_call_output"]
     assert len(inferences(simulator)) == 1
 
 

@@ -40,6 +40,7 @@ from tests.tools import (
     call_of,
     entry,
     named,
+    opened,
     orchestrator,
     request_with,
     result_of,
@@ -180,9 +181,12 @@ def test_a_turnstile_lets_everybody_through_in_order(steps: list[tuple[int, bool
         gate, let_in, out = _Turnstile(), [], asyncio.Event()
 
         async def visit(number: int, most: int) -> None:
-            async with gate.pass_through(most):
-                let_in.append(number)
+            await gate.enter(most)
+            let_in.append(number)
+            try:
                 await out.wait()
+            finally:
+                gate.leave()
 
         tasks = [asyncio.create_task(visit(number, most)) for number, (most, _) in enumerate(steps)]
         await asyncio.sleep(0)
@@ -203,9 +207,10 @@ async def test_who_waits_behind_somebody_who_gave_up_gets_in_when_there_is_room(
     gate, inside = _Turnstile(), asyncio.Event()
 
     async def visit(most: int, out: asyncio.Event) -> None:
-        async with gate.pass_through(most):
-            inside.set()
-            await out.wait()
+        await gate.enter(most)
+        inside.set()
+        await out.wait()
+        gate.leave()
 
     first_out, last_out = asyncio.Event(), asyncio.Event()
     first = asyncio.create_task(visit(1, first_out))
@@ -226,7 +231,7 @@ async def test_who_waits_behind_somebody_who_gave_up_gets_in_when_there_is_room(
 async def test_the_workers_are_those_of_the_request_and_end_with_it() -> None:
     before = asyncio.all_tasks()
     runner = orchestrator()
-    async with runner.open_context(request_with({"f": entry(say)}), ToolLimits(at_once=4)) as context:
+    async with opened(runner, request_with({"f": entry(say)}), ToolLimits(at_once=4)) as context:
         assert asyncio.all_tasks() == before
         for _ in range(3):
             await runner.run(context, [call_of(n) for n in range(8)], Sunk())
@@ -377,7 +382,7 @@ async def test_a_round_has_its_time_anew() -> None:
     runner = orchestrator()
     tools = named(slow=entry(hang), f=entry(say))
     async with asyncio.timeout(PATIENCE_S):
-        async with runner.open_context(request_with(tools), ToolLimits(batch_timeout_s=0.05)) as context:
+        async with opened(runner, request_with(tools), ToolLimits(batch_timeout_s=0.05)) as context:
             (slow,) = await runner.run(context, [call_of(1, "slow")], Sunk())
             (quick,) = await runner.run(context, [call_of(2)], Sunk())
     assert (slow.failed, quick.failed) == (True, False)
@@ -673,11 +678,11 @@ async def test_the_remark_on_a_repeated_call_stays_within_the_limit() -> None:
         return "x" * 5000
 
     runner, limits = orchestrator(), ToolLimits(most_chars=1000)
-    async with runner.open_context(request_with({"f": entry(write)}), limits) as context:
+    async with opened(runner, request_with({"f": entry(write)}), limits) as context:
         for _ in range(2):
             await runner.run(context, [call_of(1)], Sunk())
         (result,) = await runner.run(context, [call_of(3)], Sunk())
-    assert "3th" in result.text or "3rd" in result.text
+    assert "3 times on end" in result.text
     assert len(result.text) <= 1000
 
 
@@ -688,7 +693,7 @@ async def rounds_of(rounds: list[list[ToolCall]], tools: dict[str, Json] | None 
     """The texts of the results of several rounds of one request."""
     runner = orchestrator()
     request = request_with(tools or named(f=entry(say), g=entry(say)))
-    async with runner.open_context(request, ToolLimits()) as context:
+    async with opened(runner, request, ToolLimits()) as context:
         return [[result.text for result in await runner.run(context, calls, Sunk())] for calls in rounds]
 
 
@@ -1179,7 +1184,7 @@ async def in_page(answer: Any, **host: Any) -> tuple[ToolResult, list[Json]]:
     tool["server"] = {"url": "http://127.0.0.1:1"}
     host = {"event_call": ask_page, "metadata": {"session_id": "session"}} | host
     runner = orchestrator()
-    async with runner.open_context(request_with({"f": tool}, **host), ToolLimits()) as context:
+    async with opened(runner, request_with({"f": tool}, **host), ToolLimits()) as context:
         (result,) = await runner.run(context, [call_of(1, arguments='{"a": 1, "x": 2}')], Sunk())
     return result, asked
 

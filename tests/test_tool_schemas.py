@@ -26,11 +26,12 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     ToolInputError,
     _arguments_of,
     _cut_text,
+    _plain_schema,
     _safe_tool_name,
-    _SchemaReader,
     _strictify_schema,
     _to_response_tools,
-    _unique_tool_name,
+    _tool_names,
+    _without_nulls_of,
 )
 from tests.tools import TEXT, WHOLE, entry, schema
 
@@ -112,6 +113,11 @@ def test_names_do_not_depend_on_the_tools_beside_them_in_the_chat() -> None:
     assert before.items() <= after.items()
 
 
+def cleaned_of(value: Any, original: Json) -> Any:
+    """Arguments of a strict tool as its original gets them."""
+    return _without_nulls_of(value, _plain_schema(original) or original)
+
+
 @pytest.mark.timeout(10)
 @pytest.mark.parametrize(
     "names",
@@ -127,9 +133,8 @@ def test_a_number_at_the_end_of_a_long_name_is_no_trap(names: list[str]) -> None
     folder = Path(__file__).parent.parent
     code = (
         "import json, sys\n"
-        "from openrouter_responses_pipe.openrouter_responses_pipe import _unique_tool_name\n"
-        "used = set()\n"
-        "print(json.dumps([_unique_tool_name(name, used) for name in json.loads(sys.argv[1])]))"
+        "from openrouter_responses_pipe.openrouter_responses_pipe import _tool_names\n"
+        "print(json.dumps([*_tool_names(json.loads(sys.argv[1])).values()]))"
     )
     ran = subprocess.run(
         [sys.executable, "-c", code, json.dumps(names)],
@@ -522,7 +527,7 @@ def test_what_is_valid_strictly_is_valid(original: Json, data: st.DataObject) ->
     obeys(strict)
     value = data.draw(instances(strict))
     assume(is_valid(strict, value))  # two halves of an allOf may leave nothing
-    cleaned = _SchemaReader(original).without_nulls(value, original)
+    cleaned = cleaned_of(value, original)
     assert is_valid(original, cleaned), (strict, value, cleaned)
 
 
@@ -582,7 +587,7 @@ def test_nulls_that_stand_for_nothing_are_taken_away_everywhere(case: str) -> No
     strict = _strictify_schema(original)
     assert strict is not None
     assert is_valid(strict, value)
-    cleaned = _SchemaReader(original).without_nulls(value, original)
+    cleaned = cleaned_of(value, original)
     assert is_valid(original, cleaned)
 
 
@@ -620,7 +625,7 @@ def test_a_strict_schema_allows_no_more(case: str) -> None:
     original, value = WIDER[case]
     strict = _strictify_schema(original)
     if strict is not None and is_valid(strict, value):
-        assert is_valid(original, _SchemaReader(original).without_nulls(value, original))
+        assert is_valid(original, cleaned_of(value, original))
 
 
 # Schemas made to do harm
@@ -672,11 +677,10 @@ def test_a_schema_made_to_do_harm_does_none(case: str) -> None:
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("case", sorted(HOSTILE))
 def test_nulls_are_looked_for_in_bounded_time(case: str) -> None:
-    reader = _SchemaReader(HOSTILE[case])
     thin: Any = None
     for _ in range(200):
         thin = {"a": thin, "x": 1}
-    assert isinstance(reader.without_nulls(thin, HOSTILE[case]), dict)
+    assert isinstance(cleaned_of(thin, HOSTILE[case]), dict)
 
 
 # Texts that are cut
@@ -691,9 +695,8 @@ def test_a_cut_text_is_short_and_cut_once(text: str, most: int) -> None:
         assert cut == text
 
 
-@given(names=st.lists(st.text(max_size=5), max_size=6))
-def test_a_unique_name_is_noted(names: list[str]) -> None:
-    used: set[str] = set()
-    made = [_unique_tool_name(name, used) for name in names]
-    assert used == set(made)
-    assert len(used) == len(names)
+@given(names=st.lists(st.text(max_size=5), max_size=6, unique=True))
+def test_every_tool_has_a_name_of_its_own(names: list[str]) -> None:
+    made = _tool_names(names)
+    assert list(made) and set(made) == set(names) if names else made == {}
+    assert len(set(made.values())) == len(names)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -115,6 +116,13 @@ def orchestrator(clock: Callable[[], float] | None = None) -> ToolOrchestrator:
     return ToolOrchestrator(OpenWebUIHost(version=None), clock or Clock())
 
 
+def opened(
+    runner: ToolOrchestrator, request: ChatRequest, limits: ToolLimits
+) -> AbstractAsyncContextManager[Any]:
+    """A context in which every tool of the request may be called."""
+    return runner.open_context(request, request.host.tools, limits)
+
+
 async def run(
     calls: Iterable[ToolCall],
     tools: dict[str, Json],
@@ -127,7 +135,7 @@ async def run(
     runner = runner or orchestrator()
     request = request_with(tools, user_id)
     async with asyncio.timeout(PATIENCE_S):
-        async with runner.open_context(request, limits or ToolLimits()) as context:
+        async with opened(runner, request, limits or ToolLimits()) as context:
             return await runner.run(context, list(calls), sink if sink is not None else Sunk())
 
 

@@ -148,7 +148,7 @@ async def test_rounds_have_an_end(host: Host, tab: Tab, servers: ToolServers, up
     outputs = items(message, "function_call_output")
     assert len(outputs) == 4
     assert "too many rounds" in item_text({"content": outputs[-1]["output"]})
-    assert "3th time in a row" not in item_text({"content": outputs[0]["output"]})
+    assert "times on end" not in item_text({"content": outputs[0]["output"]})
     assert any("Stopped after 3 rounds" in s["description"] for s in message["statusHistory"])
     assert upstream.asked(word)[-1]["body"]["tool_choice"] == "none"
 
