@@ -9866,16 +9866,15 @@ def _runnable_tools(request: ChatRequest, mode: str) -> frozenset[str] | None:
 def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall], list[ToolCall]]:
     """(the calls that are run or answered here, those that are left to the host or the client)."""
     request, mode = talk.job.request, talk.job.valves.TOOL_EXECUTION_MODE
-    if request.is_task or not calls:
-        return [], list(calls)
     tools, in_page = request.host.tools, request.dialect in _DIALECTS_WITH_EVENTS
+    if request.is_task or not calls or not tools:
+        return [], list(calls)
     is_theirs = _asks_first(request) or (in_page and mode == "open_webui")
     may_call = talk.callable_names
     # What was not offered is answered here: the host would run it, nobody else would.
     unknown = {call.call_id for call in calls if call.name not in may_call}
     if not in_page:
         mode = "auto"  # Open WebUI runs nothing for programs
-        unknown = unknown if tools else set()
     known = [call for call in calls if call.call_id not in unknown]
     run = {call.call_id for call in known if not is_theirs and _runs_here(tools.get(call.name), mode)}
     if not in_page and len(run) < len(known):
