@@ -9622,7 +9622,11 @@ class TurnLoop:
             valves.SSE_WORKERS_PER_REQUEST,
         )
         rounds = valves.MAX_FUNCTION_CALL_LOOPS
-        for number in itertools.count():
+        # Where the host runs the calls, each round is a request of its own.
+        first = _rounds_since_question(talk.body.messages)
+        for number in itertools.count(first):
+            if number > rounds and "tools" in payload:
+                payload["tool_choice"] = "none"
             turn = _Turn(talk, payload, self._carrier, is_last=number > rounds)
             upstream = _upstream_request(payload, talk.body, valves)
             await self._engine.stream(talk.connection, upstream, turn.sink, policy, limits)
@@ -9640,8 +9644,6 @@ class TurnLoop:
             is_kept = talk.keeps and turn.record.first_reasoning is not None
             said = turn.record.input_items(talk.names, is_kept=is_kept)
             payload = _next_payload(payload, said, results, pictures)
-            if number >= rounds:
-                payload["tool_choice"] = "none"
 
     async def _pictures_of(self, results: Iterable[ToolResult], talk: _Talk) -> list[str]:
         """What the tools have drawn, as data URLs, for a model that sees."""
@@ -9881,6 +9883,13 @@ def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall]
         return [], list(calls)  # a client that gets some of a round cannot know of the others
     mine = [call for call in calls if call.call_id in run | unknown]
     return mine, [call for call in known if call.call_id not in run]
+
+
+def _rounds_since_question(messages: Sequence[Mapping[str, Any]]) -> int:
+    """How many rounds of tools stand behind the last question."""
+    asked = _questions_in(messages)
+    behind = messages[asked[-1] :] if asked else ()
+    return sum(bool(message.get("tool_calls")) for message in behind)
 
 
 def _next_payload(

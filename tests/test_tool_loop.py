@@ -1140,3 +1140,20 @@ async def test_a_program_may_hand_the_thinking_back(dialect: str, pipe: Pipe, si
     for item, following in itertools.pairwise(items):
         assert (item["type"], following.get("role")) != ("reasoning", "user")
         assert not (item["type"] == following["type"] == "reasoning"), "a thought that led to a call"
+
+
+@pytest.mark.parametrize(("rounds", "choice"), [(1, None), (2, None), (3, "none")])
+async def test_rounds_that_the_host_has_run_count(
+    rounds: int, choice: str | None, pipe: Pipe, simulator: Simulator
+) -> None:
+    set_valves(pipe, simulator.base_url, TOOL_EXECUTION_MODE="open_webui", MAX_FUNCTION_CALL_LOOPS=2)
+    messages: list[Json] = [{"role": "user", "content": "Hello"}]
+    for number in range(rounds):
+        function = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
+        calls = [{"id": f"c{number}", "type": "function", "function": function}]
+        messages += [
+            {"role": "assistant", "content": "", "tool_calls": calls},
+            {"role": "tool", "tool_call_id": f"c{number}", "content": "3"},
+        ]
+    await ask(pipe, {"messages": messages}, "browser")
+    assert inferences(simulator)[-1].body.get("tool_choice") == choice
