@@ -70,8 +70,9 @@ async def test_what_a_later_turn_sends_is_what_was_sent(
     turn: Turn | None = None
     word = ""
     for number in range(10):
+        add = call("add_numbers", a=number, b=1)
         rounds = (
-            [{"reasoning": f"First {number}."}, "One moment.", call("add_numbers", a=number, b=1), *TWO[1:]],
+            [{"reasoning": f"First {number}."}, "One moment.", add, call("multiply", a=number, b=2)],
             [{"reasoning": f"Then {number}."}, call("greet", name=f"guest {number}")],
         )
         question, fresh = unique(script(*rounds, final="So: {outputs}"))
@@ -196,4 +197,8 @@ async def test_cards_in_the_page(host: Host, folder: Path, servers: ToolServers,
         await chat.reload()
         await expect(chat.message).to_contain_text("All of them are here.")
         await chat.message.get_by_text("calculate_timestamp").first.click()
+        for name in ("get_current_timestamp", "calculate_timestamp", "no_such_tool"):
+            await expect(chat.message.get_by_text(f"View Result from {name}")).to_be_in_viewport()
+        await chat.message.get_by_text("View Result from no_such_tool").click()
+        await expect(chat.message).to_contain_text("There is no tool called")
         await chat.screenshot("tools-reloaded")
