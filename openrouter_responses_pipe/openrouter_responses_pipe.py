@@ -2927,14 +2927,18 @@ def _tool_sources(
     return tuple(dict(source) for source in _objects(found))
 
 
+def _forwards_identity() -> bool:
+    from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
+
+    return getattr(env, "ENABLE_FORWARD_USER_INFO_HEADERS", False)
+
+
 async def _identity_headers(request: ChatRequest) -> dict[str, str]:
     from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
         include_user_info_headers,
     )
 
-    if not host_env.ENABLE_FORWARD_USER_INFO_HEADERS:
-        return {}
     user = types.SimpleNamespace(
         **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
     )
@@ -3137,7 +3141,7 @@ class OpenWebUIHost:
 
     async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
         """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
-        if self.version is None or not request.user_id:
+        if self.version is None or not request.user_id or not _forwards_identity():
             return {}
         headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
@@ -9817,17 +9821,20 @@ class _Turn:
         self._talk = talk
         self._carrier = carrier
         self._is_last = is_last
+        self._send = talk.job.emitter.send
         self._host_names = {tool.name: tool.host_name for tool in talk.tools}
         self._known_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
         self._used_ids = set(self._known_ids)
 
     def sink(self, emissions: Sequence[Emission]) -> Awaitable[None]:
         """Pass emissions on, with what they need to be understood outside of this call."""
+        if len(emissions) == 1 and type(emissions[0]) is TextDelta:  # nearly all there is
+            return self._send(emissions)
         if not _RECORDED.isdisjoint(map(type, emissions)):
             emissions = [known for emission in emissions if (known := self._noted(emission)) is not None]
         if emissions and isinstance(emissions[-1], TurnEnded):
             emissions = [*emissions[:-1], *self._end(emissions[-1])]
-        return self._talk.job.emitter.send(emissions)
+        return self._send(emissions)
 
     def _noted(self, emission: Emission) -> Emission | None:
         if isinstance(emission, ToolRequested):
