@@ -417,17 +417,12 @@ async def _process_tool_result(
     return None if text is None else str(text), [], []
 
 
-async def _event_emitter(_metadata: object) -> Callable[[Any], Awaitable[None]]:
-    return _answers_none("emit")
-
-
 def _says_error(text: str) -> bool:
     return text.lower().startswith("error:") or '"error":' in text
 
 
 def _stub_tools() -> None:
     _fill(_module("utils.tools"), [("get_updated_tool_function", _updated_tool_function)])
-    _fill(_module("socket.main"), [("get_event_emitter", _event_emitter)])
     middleware: dict[str, object] = {
         "process_tool_result": _process_tool_result,
         "build_terminal_file_tool_result": lambda *_given: None,

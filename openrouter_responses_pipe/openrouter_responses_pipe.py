@@ -674,6 +674,7 @@ class HostCall(NamedTuple):
     metadata: Mapping[str, Any] = types.MappingProxyType({})
     request: Any = None  # the HTTP request that it answers
     event_call: Callable[[JSONObject], Awaitable[Any]] | None = None  # asks the page
+    event_emitter: HostEventEmitter | None = None  # tells it something
 
 
 class ChatContext(NamedTuple):
@@ -707,7 +708,6 @@ class ChatRequest(NamedTuple):
     user: Mapping[str, Any] = types.MappingProxyType({})
     host: HostCall = HostCall()
     user_valves: Any = None
-    event_emitter: HostEventEmitter | None = None
 
 
 class _PipeJob:
@@ -2865,8 +2865,8 @@ async def _processed_result(
         host.request, call.name, shown or result, kind, is_direct, metadata, user
     )
     text = _NO_OUTPUT if text is None else str(text)
-    emitter = await _event_emitter(metadata)
-    await middleware.terminal_event_handler(call.name, arguments, text, emitter)
+    if host.event_emitter is not None:
+        await middleware.terminal_event_handler(call.name, arguments, text, host.event_emitter)
     images: list[str] = []
     displayed: list[Any] = []
     for file in _objects(files):
@@ -2881,15 +2881,6 @@ async def _processed_result(
     sources = _tool_sources(middleware, call, tool, arguments, text, metadata)
     failed = bool(_is_tool_result_error(text))
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
-
-
-async def _event_emitter(metadata: JSONObject) -> Any:
-    from open_webui.socket.main import get_event_emitter  # pyright: ignore[reportMissingImports]  # host only
-
-    async def nobody(event: Any) -> None:
-        """Take an event that no page waits for."""
-
-    return await get_event_emitter(metadata) or nobody
 
 
 async def _stored_picture(middleware: Any, host: HostCall, metadata: JSONObject, url: str, user: Any) -> str:
@@ -10057,7 +10048,7 @@ class Runtime:
         """A request made ready to run."""
         outlet = Outlet(_update_limits(valves), self._clock)
         emit = _wrap_event_emitter(
-            request.event_emitter, suppress_chat_messages=request.dialect not in _DIALECTS_WITH_EVENTS
+            request.host.event_emitter, suppress_chat_messages=request.dialect not in _DIALECTS_WITH_EVENTS
         )
         writer = _make_writer(request, valves, self._clock)
         request_id = secrets.token_hex(4)
@@ -10212,8 +10203,8 @@ class Pipe:
         __event_call__: Callable[[JSONObject], Awaitable[Any]] | None = None,
     ) -> AsyncGenerator[JSONObject, None] | JSONObject:
         """Answer one chat request: a stream of chunks, or one dict where none was asked for."""
-        host = HostCall(__tools__ or {}, __metadata__ or {}, __request__, __event_call__)
-        request = _capture(body, __user__, host, __event_emitter__, __task__)
+        host = HostCall(__tools__ or {}, __metadata__ or {}, __request__, __event_call__, __event_emitter__)
+        request = _capture(body, __user__, host, __task__)
         runtime = self._started(str(body.get("model") or ""))
         job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
         if request.dialect == "browser":
@@ -10252,7 +10243,6 @@ def _capture(
     body: JSONObject,
     user: Mapping[str, Any] | None,
     host: HostCall,
-    emitter: HostEventEmitter | None,
     task: str | None,
 ) -> ChatRequest:
     """The arguments of `pipe()`, normalised once."""
@@ -10275,7 +10265,6 @@ def _capture(
         user=user,
         host=host,
         user_valves=user.get("valves"),
-        event_emitter=emitter,
     )
 
 

@@ -15,6 +15,7 @@ from test_emitters import check_rules
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
     ChatRequest,
+    HostCall,
     HostEnvironment,
     Pipe,
     Runtime,
@@ -575,7 +576,7 @@ async def test_a_person_sees_every_try(runtime: Runtime, simulator: Simulator) -
     simulator.next("plain", text="third time lucky")
     events = Events()
     body = {"model": MODEL, "messages": [{"role": "user", "content": "hello"}], "stream": True}
-    request = ChatRequest(body=body, dialect="browser", model=MODEL, event_emitter=events)
+    request = ChatRequest(body=body, dialect="browser", model=MODEL, host=HostCall(event_emitter=events))
     answer, valves = Answer(), Valves.model_validate({"API_KEY": KEY, "BASE_URL": simulator.base_url})
     async for chunk in runtime.stream(runtime.job(request, valves)):
         answer.add(chunk)
