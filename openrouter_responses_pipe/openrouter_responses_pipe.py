@@ -12,7 +12,8 @@ The floors of this file, from the ground up. A floor names only floors below it.
  2. Typed shapes
 3a. Errors & templates
 3b. OpenRouter's errors
- 4. Security & helpers
+4a. Security & helpers
+4b. Files & schemas
  5. Session logging
  6. Valves
 7a. Host calls
@@ -1395,7 +1396,7 @@ def _event_error(error: Mapping[str, Any], error_type: str = "", now: float | No
     return StreamError(words, template=template, retryable=retryable, retry_after=wait_s, status=status)
 
 
-# ── 4. Security & helpers ────────────────────────────────────────────────────
+# ── 4a. Security & helpers ───────────────────────────────────────────────────
 # Secrets at rest, and the small helpers that more than one floor needs.
 # Promise: what is sealed leaves only through `decrypt`; a secret is never in a repr.
 # Doc: docs/security_and_encryption.md   Tests: tests/test_security.py
@@ -1712,8 +1713,10 @@ def _is_base64(data: str, size: int) -> bool:
     return not any(piece.encode().translate(None, _BASE64_ALPHABET) for piece in pieces)
 
 
-# Files
-
+# ── 4b. Files & schemas ──────────────────────────────────────────────────────
+# What a file is by its bytes, and what a tool's schema says of arguments.
+# Promise: no I/O; work is bounded, whatever the bytes and the schema say.
+# Doc: docs/security_and_encryption.md   Tests: tests/test_media_intake.py, tests/test_tool_schemas.py
 
 # How a file begins -> what it is; the first that fits counts
 _SIGNATURES: Final[dict[bytes, str]] = {
@@ -2040,7 +2043,7 @@ def _problem_with(value: Any, schema: Mapping[str, Any]) -> str:
     try:
         from jsonschema import Draft202012Validator
     except ImportError:  # it comes with Open WebUI
-        return ""
+        return _kind_problem(value, schema)
     try:
         errors = Draft202012Validator(dict(schema)).iter_errors(value)
         error = next((error for error in errors if not _is_forgiven(error)), None)
@@ -2051,8 +2054,34 @@ def _problem_with(value: Any, schema: Mapping[str, Any]) -> str:
     return f"{'.'.join(map(str, error.absolute_path)) or 'they'}: {error.message[:300]}"
 
 
+def _kind_problem(value: Any, schema: Mapping[str, Any]) -> str:
+    """The first argument of a wrong kind; what may be of several is not looked at."""
+    for name, part in _mapping(schema.get("properties")).items():
+        kind = _mapping(part).get("type")
+        wanted = _KIND_TYPES.get(kind) if isinstance(kind, str) else None
+        given = _mapping(value).get(name)
+        is_number = isinstance(given, str | int | float) and kind in ("string", "integer", "number")
+        if wanted is not None and name in _mapping(value) and not (isinstance(given, wanted) or is_number):
+            return f"{name}: it is not of type {kind}"
+    return ""
+
+
+_KIND_TYPES: Final[dict[str, type]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+}
+
+
 def _is_forgiven(error: Any) -> bool:
     """Whether the host puts a value right: numbers as texts, and texts as numbers."""
+    if error.validator in ("anyOf", "oneOf"):
+        options: dict[Any, list[Any]] = {}
+        for inner in error.context:
+            options.setdefault(inner.relative_schema_path[0], []).append(inner)
+        return any(all(map(_is_forgiven, inner)) for inner in options.values())
     if error.validator != "type":
         return False
     wanted = error.validator_value if isinstance(error.validator_value, list) else [error.validator_value]
@@ -3155,12 +3184,16 @@ class OpenWebUIHost:
 
             bound = {"__files__": call.metadata.get("files") or []}
             run = await get_updated_tool_function(function=run, extra_params=bound)
-        if inspect.iscoroutinefunction(inspect.unwrap(getattr(run, "__function__", run))):
+        if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
             return await run(**arguments)
-        around = contextvars.copy_context()
-        return await asyncio.get_running_loop().run_in_executor(
-            threads, lambda: around.run(_run_to_its_end, run, arguments)
-        )
+        job = threads.submit(contextvars.copy_context().run, _run_to_its_end, run, arguments)
+        ended = asyncio.wrap_future(job)
+        try:
+            return await asyncio.shield(ended)
+        except asyncio.CancelledError:
+            if not job.cancel():  # nobody can stop a thread: this call ends when it does
+                await asyncio.wait((ended,))
+            raise
 
     async def tool_result(
         self, call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
@@ -4319,6 +4352,7 @@ _LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
     "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
     "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
     "tool": None,  # said where it is known whether somebody chose them
+    "second tool of a name": None,
     "unanswered call": None,
     "output without call": None,
 }
@@ -5596,6 +5630,8 @@ class ResponsesBody(NamedTuple):
         parameters = dict(body.parameters)
         if instructions := _with_own_prompt(history.instructions, parameters):
             payload["instructions"] = instructions
+        if settings.offer_tools and (doubled := _doubled_tools(body.tools)):
+            history.left_out["second tool of a name"] = doubled
         if offered and not spec.takes_tools:
             history.left_out["tool"], offered = len(offered), {}
         if offered:
@@ -6052,6 +6088,11 @@ def _to_response_tools(
         OfferedTool(names[name], name): _to_response_tool(names[name], functions[name], settings)
         for name in functions
     }
+
+
+def _doubled_tools(tools: Sequence[Mapping[str, Any]]) -> int:
+    names = [_text(_mapping(tool.get("function")).get("name")) for tool in tools]
+    return len(names) - len(set(names))
 
 
 def _to_response_tool(name: str, function: Mapping[str, Any], settings: RequestSettings) -> JSONObject:
@@ -8675,6 +8716,7 @@ class MediaIntake:
         self._downloads = asyncio.Semaphore(_MEDIA_AT_ONCE)
         self._reads = asyncio.Semaphore(_MEDIA_AT_ONCE)  # of the host's files, which no far server holds up
         self._fetchers: dict[frozenset[str], SafeFetcher] = {}
+        self._keeping: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
         self._gone: dict[str, float] = {}  # what answers show and nobody has: until when it is not asked for
 
     async def resolve(
@@ -8716,19 +8758,18 @@ class MediaIntake:
 
     async def _fetch(self, ref: MediaRef, errand: _Errand) -> MediaBlob:
         request, settings = errand.request, errand.settings
-        is_film = ref.kind == "video"
-        most = settings.most_video_bytes if is_film else settings.most_bytes
+        most = settings.most_video_bytes if ref.kind == "video" else settings.most_bytes
         if file_id := _host_file_id(ref.address, settings.webui_url):
             return await self._read(file_id, request, most)
-        kept_id = _kept_id(request.user_id, ref.address) if settings.keeps_media else ""
-        if kept_id:
+        if not settings.keeps_media:
+            blob, _ = await self._download(ref, errand)
+            return blob
+        kept_id = _kept_id(request.user_id, ref.address)
+        one_at_a_time = self._keeping.setdefault(kept_id, asyncio.Lock())
+        async with one_at_a_time:  # whoever comes second finds the copy
             with contextlib.suppress(InputError):
                 return await self._read(kept_id, request, most)
-        most = most if is_film else min(most, settings.most_remote_bytes)
-        content = await self._download(ref, settings.trusted_hosts, most)
-        blob = await asyncio.to_thread(_blob_of, content, _name_of(ref.address))
-        _check_kind(ref, blob)
-        if kept_id:
+            blob, content = await self._download(ref, errand)
             await self._host.save_file(kept_id, blob, content, request)
         return blob
 
@@ -8736,24 +8777,31 @@ class MediaIntake:
         async with self._reads:
             return await self._host.inline_file(file_id, request.user_id, most_bytes)
 
-    async def _download(self, ref: MediaRef, trusted_hosts: frozenset[str], most_bytes: int) -> bytes:
+    async def _download(self, ref: MediaRef, errand: _Errand) -> tuple[MediaBlob, bytes]:
         """The file at an address; what an answer shows is not waited for long, nor asked for again soon."""
         if self._closed:
             raise AdmissionError(_UPDATED)
         if ref.in_answer and self._gone.get(ref.address, -math.inf) > self._clock():
             raise InputError("It could not be had a short while ago")
-        fetcher = self._fetchers.get(trusted_hosts)
+        settings = errand.settings
+        most = min(settings.most_bytes, settings.most_remote_bytes)
+        most = settings.most_video_bytes if ref.kind == "video" else most
+        fetcher = self._fetchers.get(settings.trusted_hosts)
         if fetcher is None:
-            fetcher = self._fetchers[trusted_hosts] = SafeFetcher(trusted_hosts, self._resolve_name)
+            fetcher = SafeFetcher(settings.trusted_hosts, self._resolve_name)
+            self._fetchers[settings.trusted_hosts] = fetcher
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
             async with self._downloads:
-                return (await fetcher.fetch(ref.address, most_bytes, timeout_s)).content
+                content = (await fetcher.fetch(ref.address, most, timeout_s)).content
         except InputError:
             if ref.in_answer:
                 _drop_oldest(self._gone, _MOST_GONE)
                 self._gone[ref.address] = self._clock() + _GONE_S
             raise
+        blob = await asyncio.to_thread(_blob_of, content, _name_of(ref.address))
+        _check_kind(ref, blob)
+        return blob, content
 
 
 class _Errand:
@@ -8999,7 +9047,8 @@ class ToolOrchestrator:
         by_tool = True
         try:
             tool = _mapping(context.request.host.tools.get(call.name))
-            if not tool or call.name not in context.offered:
+            is_ours = callable(tool.get("callable")) or tool.get("direct")
+            if not is_ours or call.name not in context.offered:
                 raise ToolInputError(f"There is no tool called “{call.name[:80]}”")
             arguments = _arguments_of(call, tool)
             if not self._breaker.allow(*watched):
@@ -9011,7 +9060,7 @@ class ToolOrchestrator:
             result = ToolResult(call, f"Error: {exc.detail}.", failed=True)
         except Exception as exc:
             LOGGER.info("the tool %s failed: %s", call.name, type(exc).__name__)
-            words = traceback.format_exception_only(exc)[-1].strip()
+            words = "".join(traceback.format_exception_only(exc)).strip()
             result = ToolResult(call, f"Error: {words[:_MOST_ERROR_CHARS]}", failed=True)
         if by_tool and self._breaker.record(*watched, failed=result.failed):
             LOGGER.warning("the tool %s is left alone for %.0f s", call.name, limits.window_s)
@@ -9102,7 +9151,7 @@ def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
     given = _mapping(_mapping(tool.get("spec")).get("parameters"))
     plain = _plain_schema(given)
     schema = given if plain is None else plain
-    arguments = _without_nulls_of(arguments, schema)
+    arguments = arguments if plain is None else _without_nulls_of(arguments, plain)
     properties = _mapping(schema.get("properties"))
     if tool.get("type") != "mcp":  # MCP servers look at theirs themselves
         arguments = {name: value for name, value in arguments.items() if name in properties}
@@ -9617,32 +9666,41 @@ class TurnLoop:
             valves.SSE_WORKERS_PER_REQUEST,
         )
         rounds = valves.MAX_FUNCTION_CALL_LOOPS
-        # Where the host runs the calls, each round is a request of its own.
-        first = _rounds_since_question(talk.body.messages)
+        # Where the host runs the calls, each round is a request of its own. What a program runs is its own.
+        in_page = talk.job.request.dialect in _DIALECTS_WITH_EVENTS
+        first = _rounds_since_question(talk.body.messages) if in_page else 0
+        payload = _unforced(payload) if first else payload
         for number in itertools.count(first):
             if number > rounds and "tools" in payload:
                 payload["tool_choice"] = "none"
-            turn = _Turn(talk, payload, self._carrier, is_last=number > rounds)
+            turn = _Turn(talk, payload, self._carrier, rounds_left=rounds - number)
             upstream = _upstream_request(payload, talk.body, valves)
             await self._engine.stream(talk.connection, upstream, turn.sink, policy, limits)
             if not turn.mine:
                 return
             if number < rounds:
-                results = await self._tools.run(context, turn.mine, send)
+                results = await self._tools.run(context, turn.mine, turn.note_results)
             else:
                 results = [ToolResult(call, _ONE_ROUND_TOO_MANY, failed=True) for call in turn.mine]
                 told = Notice(f"Stopped after {rounds} round{'s' * (rounds != 1)} of tools")
                 await send([*map(ToolStarted, turn.mine), *map(ToolFinished, results), told])
             if turn.theirs:
                 return  # the host runs these, and asks again with all results
-            pictures = await self._pictures_of(results, talk)
+            pictures = await self._pictures_of(turn.finished or results, talk)
+            pictures = pictures[: max(0, talk.settings.most_images - _pictures_sent(payload))]
             is_kept = talk.keeps and turn.record.first_reasoning is not None
             said = turn.record.input_items(talk.names, is_kept=is_kept)
             payload = _next_payload(payload, said, results, pictures)
 
     async def _pictures_of(self, results: Iterable[ToolResult], talk: _Talk) -> list[str]:
         """What the tools have drawn, as data URLs, for a model that sees."""
-        addresses = [url for result in results for url in result.images]
+        most = talk.settings.most_bytes
+        addresses = [
+            url
+            for result in results
+            for url in result.images
+            if not url.startswith("data:") or _is_picture_data(url, most)
+        ]
         if not addresses or not talk.spec.takes_images:
             return []
         refs = [MediaRef("image", url) for url in addresses if not url.startswith("data:")]
@@ -9788,14 +9846,16 @@ class _Talk(NamedTuple):
     @property
     def callable_names(self) -> frozenset[str]:
         """The host's names of what may be called: what was offered, and what can be searched for."""
-        deferred = _strings(self.job.request.host.metadata.get("deferred_tools")) if self.tools else []
-        return frozenset([*self.names, *deferred])
+        names = self.names
+        searched = self.job.request.host.metadata.get("deferred_tools") if _CALL_TOOL in names else ()
+        return frozenset([*names, *(name for name in _strings(searched) if _may_offer(name, self.settings))])
 
 
 class _Turn:
     """One upstream call seen from the loop: its record, and whose its calls are.
 
-    `is_last`: the model was told to call nothing more; what it calls all the same is dropped.
+    `rounds_left`: with none left calls are answered instead of run; below, the model was told to call
+    nothing more, and what it calls all the same is dropped. `finished` are results as they came.
     """
 
     def __init__(
@@ -9804,14 +9864,15 @@ class _Turn:
         payload: JSONObject,
         carrier: Callable[[TurnRecord, str], list[Emission]],
         *,
-        is_last: bool,
+        rounds_left: int,
     ) -> None:
         self.record = TurnRecord()
+        self.finished: list[ToolResult] = []
         self.mine: list[ToolCall] = []
         self.theirs: list[ToolCall] = []
         self._talk = talk
         self._carrier = carrier
-        self._is_last = is_last
+        self._rounds_left = rounds_left
         self._send = talk.job.emitter.send
         self._host_names = {tool.name: tool.host_name for tool in talk.tools}
         self._known_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
@@ -9827,9 +9888,14 @@ class _Turn:
             emissions = [*emissions[:-1], *self._end(emissions[-1])]
         return self._send(emissions)
 
+    def note_results(self, emissions: Sequence[Emission]) -> Awaitable[None]:
+        """Pass on what comes of the calls, in the order in which the host will have it."""
+        self.finished += [emission.result for emission in emissions if isinstance(emission, ToolFinished)]
+        return self._send(emissions)
+
     def _noted(self, emission: Emission) -> Emission | None:
         if isinstance(emission, ToolRequested):
-            if self._is_last:
+            if self._rounds_left < 0:
                 return None
             call = emission.call
             call_id = _unique_id(call.call_id, self._used_ids)
@@ -9844,6 +9910,8 @@ class _Turn:
         request = self._talk.job.request
         calls = self.record.calls if ended.outcome == "completed" else []
         self.mine, self.theirs = _split_calls(calls, self._talk)
+        if self._rounds_left == 0 and request.dialect in _DIALECTS_WITH_EVENTS and request.host.tools:
+            self.mine, self.theirs = calls, []  # nobody runs them any more
         goes_on = bool(self.mine) and not self.theirs
         carrier = self._carrier(self.record, request.user_id) if self._talk.keeps else []
         return [*carrier, ended._replace(goes_on=goes_on)]
@@ -9863,6 +9931,18 @@ def _runnable_tools(request: ChatRequest, mode: str) -> frozenset[str] | None:
     return frozenset(name for name, tool in tools.items() if _runs_here(tool, mode))
 
 
+def _target_of(call: ToolCall) -> str:
+    """The tool that is meant, where the model had to search for it."""
+    if call.name != _CALL_TOOL:
+        return call.name
+    with contextlib.suppress(ValueError):
+        return _text(_mapping(_json_loads(call.arguments)).get("tool_name")) or call.name
+    return call.name
+
+
+_CALL_TOOL: Final = "call_tool"
+
+
 def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall], list[ToolCall]]:
     """(the calls that are run or answered here, those that are left to the host or the client)."""
     request, mode = talk.job.request, talk.job.valves.TOOL_EXECUTION_MODE
@@ -9872,7 +9952,7 @@ def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall]
     is_theirs = _asks_first(request) or (in_page and mode == "open_webui")
     may_call = talk.callable_names
     # What was not offered is answered here: the host would run it, nobody else would.
-    unknown = {call.call_id for call in calls if call.name not in may_call}
+    unknown = {call.call_id for call in calls if not {call.name, _target_of(call)} <= may_call}
     if not in_page:
         mode = "auto"  # Open WebUI runs nothing for programs
     known = [call for call in calls if call.call_id not in unknown]
@@ -9899,10 +9979,19 @@ def _next_payload(
     if pictures:
         text = {"type": "input_text", "text": _TOOL_PICTURES}
         items.append({"type": "message", "role": "user", "content": [text, *map(_image_part, pictures)]})
-    following = {**payload, "input": items}
-    if following.get("tool_choice") not in (None, "auto", "none"):
-        del following["tool_choice"]  # it was for the first call: forced again and again there is no end
-    return following
+    return _unforced({**payload, "input": items})
+
+
+def _unforced(payload: JSONObject) -> JSONObject:
+    """Without a choice of a tool that was for the first call: forced again and again there is no end."""
+    is_forced = payload.get("tool_choice") not in (None, "auto", "none")
+    return {key: value for key, value in payload.items() if key != "tool_choice" or not is_forced}
+
+
+def _pictures_sent(payload: JSONObject) -> int:
+    contents = [item.get("content") for item in payload["input"]]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(part.get("type") == "input_image" for part in parts)
 
 
 _ONE_ROUND_TOO_MANY: Final = (

@@ -1142,12 +1142,9 @@ async def test_a_program_may_hand_the_thinking_back(dialect: str, pipe: Pipe, si
         assert not (item["type"] == following["type"] == "reasoning"), "a thought that led to a call"
 
 
-@pytest.mark.parametrize(("rounds", "choice"), [(1, None), (2, None), (3, "none")])
-async def test_rounds_that_the_host_has_run_count(
-    rounds: int, choice: str | None, pipe: Pipe, simulator: Simulator
-) -> None:
-    set_valves(pipe, simulator.base_url, TOOL_EXECUTION_MODE="open_webui", MAX_FUNCTION_CALL_LOOPS=2)
-    messages: list[Json] = [{"role": "user", "content": "Hello"}]
+def after_rounds(rounds: int) -> list[Json]:
+    """A question, and rounds behind it that somebody else has run."""
+    messages: list[Json] = [{"role": "user", "content": script(*[[step(a=1, b=2)]] * 30, endless=True)}]
     for number in range(rounds):
         function = {"name": "add", "arguments": '{"a": 1, "b": 2}'}
         calls = [{"id": f"c{number}", "type": "function", "function": function}]
@@ -1155,5 +1152,63 @@ async def test_rounds_that_the_host_has_run_count(
             {"role": "assistant", "content": "", "tool_calls": calls},
             {"role": "tool", "tool_call_id": f"c{number}", "content": "3"},
         ]
-    await ask(pipe, {"messages": messages}, "browser")
-    assert inferences(simulator)[-1].body.get("tool_choice") == choice
+    return messages
+
+
+@pytest.mark.parametrize(
+    ("rounds", "items"),
+    [
+        (1, ["function_call"]),
+        (2, ["function_call", "function_call_output", "message"]),
+        (3, ["message"]),
+    ],
+)
+async def test_rounds_that_the_host_has_run_count(
+    rounds: int, items: list[str], pipe: Pipe, simulator: Simulator
+) -> None:
+    """Two are allowed: the calls of the third are answered, and the model has to write."""
+    set_valves(pipe, simulator.base_url, TOOL_EXECUTION_MODE="open_webui", MAX_FUNCTION_CALL_LOOPS=2)
+    answer = await ask(pipe, {"messages": after_rounds(rounds)}, "browser")
+    assert kinds(items_of(answer)) == items
+    assert (inferences(simulator)[-1].body.get("tool_choice") == "none") == (rounds > 1)
+
+
+@pytest.mark.parametrize("dialect", ["api_stream", "api_json"])
+async def test_rounds_of_a_program_are_its_own(dialect: str, pipe: Pipe, simulator: Simulator) -> None:
+    """However many: its tools stay, and its choice."""
+    set_valves(pipe, simulator.base_url, MAX_FUNCTION_CALL_LOOPS=2)
+    given = given_for({"messages": after_rounds(5)}, dialect, {}, tool_choice="required")
+    given["body"]["tools"] = offered(basket())
+    answer = await call(pipe, given)
+    assert [item["name"] for item in answer.calls] == ["add"]
+    assert inferences(simulator)[-1].body["tool_choice"] == "required"
+
+
+async def test_a_choice_is_not_forced_again_by_the_hosts_rounds(pipe: Pipe, simulator: Simulator) -> None:
+    set_valves(pipe, simulator.base_url, TOOL_EXECUTION_MODE="open_webui")
+    more = {"tool_choice": "required"}
+    await ask(pipe, {"messages": after_rounds(0)}, "browser", None, **more)
+    await ask(pipe, {"messages": after_rounds(1)}, "browser", None, **more)
+    assert [record.body.get("tool_choice") for record in inferences(simulator)] == ["required", None]
+
+
+@pytest.mark.parametrize("how", ["by its name", "by call_tool"])
+async def test_what_may_be_searched_for_is_bounded_too(how: str, pipe: Pipe, simulator: Simulator) -> None:
+    """A tool that is not in AVAILABLE_TOOLS is not run because the model could have found it."""
+    set_valves(pipe, simulator.base_url, AVAILABLE_TOOLS="add,call_tool")
+    ran: list[str] = []
+
+    async def secret() -> None:
+        ran.append("secret")
+
+    search = {"tool_id": "builtin:call_tool", "type": "builtin", "spec": {"parameters": schema()}}
+    tools = basket() | named(secret=entry(secret), call_tool=search)
+    given_step = (
+        step("secret") if how == "by its name" else step("call_tool", tool_name="secret", params="{}")
+    )
+    given = given_for(script([given_step], final="{outputs}"), "browser", tools)
+    given["__metadata__"]["deferred_tools"] = ["secret"]
+    answer = await call(pipe, given)
+    well_formed(items_of(answer))
+    assert ran == []
+    assert "no tool called" in answer.text

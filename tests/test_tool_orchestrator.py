@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import socket
 import subprocess
@@ -464,7 +465,58 @@ async def test_tools_that_are_left_behind_still_count() -> None:
     assert crowd.most == 2
 
 
+async def test_threads_that_are_left_behind_still_count() -> None:
+    """Nobody can stop a thread; until it has ended its place is taken."""
+    release, lock, inside, most = threading.Event(), threading.Lock(), 0, 0
+
+    def hang() -> None:
+        nonlocal inside, most
+        with lock:
+            inside += 1
+            most = max(most, inside)
+        release.wait(PATIENCE_S)
+        with lock:
+            inside -= 1
+
+    runner, tools = orchestrator(), {"f": entry(hang)}
+    before = asyncio.all_tasks()
+    limits = ToolLimits(at_once=4, at_once_everywhere=2, timeout_s=0.02, batch_timeout_s=1.5, failures=100)
+    results = await run([call_of(n) for n in range(6)], tools, limits, runner)
+    release.set()
+    await all_ended(before)
+    assert (len(results), most) == (6, 2)
+
+
 # What tools do
+
+
+async def test_a_decorated_function_is_what_its_decorator_is() -> None:
+    """Whoever wraps a plain function in an asynchronous one wants that one called."""
+
+    def plain(a: int) -> str:
+        return f"got {a}"
+
+    @functools.wraps(plain)
+    async def later(a: int) -> str:
+        return await asyncio.to_thread(plain, a)
+
+    result = await result_of(later, '{"a": 1}', schema({"a": WHOLE}))
+    assert (result.text, result.failed) == ("got 1", False)
+
+
+async def test_an_error_with_a_note_keeps_its_reason() -> None:
+    async def fail() -> None:
+        error = ValueError("the reason")
+        error.add_note("a note")
+        raise error
+
+    assert "the reason" in (await result_of(fail)).text
+
+
+@pytest.mark.parametrize("text", ['{"n": "5"}', '{"n": 5}', '{"n": null}'])
+async def test_a_number_as_text_passes_where_it_may_be_one_of_several(text: str) -> None:
+    optional = {"anyOf": [{"type": "integer"}, {"type": "null"}]}
+    assert not (await result_of(say, text, schema({"n": optional}, "n"))).failed
 
 
 class OddError(BaseException):
