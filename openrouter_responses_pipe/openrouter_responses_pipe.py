@@ -5030,7 +5030,8 @@ def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History
     blob = history.medium("image", _image_source(block))
     if blob is None:
         return None
-    if not blob.url.startswith(("data:image/", "https://")):
+    is_drawing = blob.url.startswith("data:image/svg")  # no model takes one, and the request would fail
+    if is_drawing or not blob.url.startswith(("data:image/", "https://")):
         history.leave_out("unreadable picture")
         return None
     if not _fits(blob.url, history, "unreadable picture"):

@@ -119,6 +119,11 @@ LEFT_OUT: Final[list[tuple[Json, ModelSpec, str]]] = [
     ({"type": "video_url", "video_url": {"url": "ftp://example.org/a"}}, EVERYTHING, "could not be read"),
     ({"type": "video_url", "video_url": 5}, EVERYTHING, "could not be read"),
     ({"type": "image_url", "image_url": {"url": PNG}}, TEXT_ONLY, "cannot see"),
+    (
+        {"type": "image_url", "image_url": {"url": f"data:image/svg+xml;base64,{BYTES}"}},
+        EVERYTHING,
+        "could not be read",
+    ),
 ]
 
 
