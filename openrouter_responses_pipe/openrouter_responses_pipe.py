@@ -2762,8 +2762,7 @@ async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int)
     if row is None:
         raise InputError("There is no such file, or it is not yours")
     size = _mapping(row.meta).get("size")
-    if _is_number(size) and size > most_bytes:
-        raise PayloadTooLargeError(f"It is larger than {_megabytes(most_bytes)}, which is the limit")
+    _check_size(size if _is_number(size) else 0, most_bytes)
     from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
 
     # Where files are kept elsewhere (S3 …) this downloads it.
@@ -2795,12 +2794,17 @@ async def _readable_file(file_id: str, user_id: str) -> Any:
     return row if user is not None and await has_access_to_file(file_id, "read", user) else None
 
 
+def _check_size(size: float, most_bytes: int) -> None:
+    """Raise PayloadTooLargeError for a file above its limit."""
+    if size > most_bytes:
+        raise PayloadTooLargeError(f"It is larger than {_megabytes(most_bytes)}, which is the limit")
+
+
 def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
     """The file at `path`, of which the storage said that it is there."""
     try:
         with Path(path).open("rb") as file:
-            if os.fstat(file.fileno()).st_size > most_bytes:
-                raise PayloadTooLargeError(f"It is larger than {_megabytes(most_bytes)}, which is the limit")
+            _check_size(os.fstat(file.fileno()).st_size, most_bytes)
             content = file.read(most_bytes)
     except OSError:
         raise InputError("It is not there any more") from None
@@ -2928,6 +2932,11 @@ _CITED_TOOLS: Final = (
 )
 
 
+def _model_meta(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What the host keeps of the chosen model, as it hands it over with a request."""
+    return _mapping(_mapping(_mapping(metadata.get("model")).get("info")).get("meta"))
+
+
 def _tool_sources(
     middleware: Any,
     call: ToolCall,
@@ -2937,8 +2946,7 @@ def _tool_sources(
     metadata: Mapping[str, Any],
 ) -> tuple[JSONObject, ...]:
     """The sources that a result names, where the host shows those."""
-    info = _mapping(_mapping(metadata.get("model")).get("info"))
-    may_cite = _mapping(_mapping(info.get("meta")).get("capabilities")).get("citations") is not False
+    may_cite = _mapping(_model_meta(metadata).get("capabilities")).get("citations") is not False
     if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED_TOOLS):
         return ()
     found = middleware.get_citation_source_from_tool_result(
@@ -8314,7 +8322,7 @@ class Emitter:
         self._writing_s = 0.0  # for how long it wrote in those that have ended
         self._page = page
         self._cited: set[str] = set()
-        self._running: dict[str, str] = {}  # call id -> tool
+        self._running: set[str] = set()  # the ids of calls
         self._warnings: list[str] = []
         self._status_open = False
         self._empty = True
@@ -8391,12 +8399,12 @@ class Emitter:
 
     async def _emit_tool_prompt(self, started: ToolStarted) -> None:
         """What is being run, where no card shows it."""
-        self._running[started.call.call_id] = started.call.name
+        self._running.add(started.call.call_id)
         if not self._writer.SHOWS_CALLS:
             await self._emit_status(StatusUpdate(f"Running {started.call.name}"))
 
     async def _emit_tool_sources(self, finished: ToolFinished) -> None:
-        self._running.pop(finished.result.call.call_id, None)
+        self._running.discard(finished.result.call.call_id)
         if not self._writer.SHOWS_CALLS and not self._running:
             await self._emit_status(StatusUpdate(f"Ran {finished.result.call.name}", done=True))
         for source in finished.result.sources:
@@ -9650,8 +9658,7 @@ class TurnLoop:
         connection = _with_beta_headers(connection, payload, spec)
         who = await self._host.identity_headers(request)
         connection = connection._replace(headers=(*connection.headers, *who.items()))
-        keeps = settings.replay != "off" and spec.reasons and not request.is_task
-        talk = _Talk(job, body, spec, settings, connection, translated.tools, keeps)
+        talk = _Talk(job, body, spec, settings, connection, translated.tools)
         async with self._tools.open_context(
             request, talk.callable_names, _tool_limits(job.valves)
         ) as context:
@@ -9725,7 +9732,7 @@ class TurnLoop:
             questions = await self._host.questions(request.chat_id, files.question_id)
             body = body._replace(messages=tuple(_with_files(body.messages, blocks, questions)))
         plan = plan_intake(body.messages, spec, settings)
-        keeps = settings.replay != "off" and spec.reasons and not request.is_task
+        keeps = _keeps_reasoning(settings, spec)
         intake = self._opened(plan.sealed if keeps else (), request.user_id)._replace(shown=plan.shown)
         if plan.media:
             intake = intake._replace(media=await self._fetched(plan.media, settings, job))
@@ -9828,8 +9835,13 @@ class TurnLoop:
         )
 
 
+def _keeps_reasoning(settings: RequestSettings, spec: ModelSpec) -> bool:
+    """Whether a model gets its reasoning back in later turns."""
+    return settings.replay != "off" and spec.reasons and not settings.is_task
+
+
 class _Talk(NamedTuple):
-    """What stays the same over all upstream calls of one request. `keeps`: reasoning is to be kept."""
+    """What stays the same over all upstream calls of one request."""
 
     job: _PipeJob
     body: CompletionsBody
@@ -9837,7 +9849,11 @@ class _Talk(NamedTuple):
     settings: RequestSettings
     connection: Connection
     tools: tuple[OfferedTool, ...]
-    keeps: bool
+
+    @property
+    def keeps(self) -> bool:
+        """Whether reasoning is to be kept for later turns."""
+        return _keeps_reasoning(self.settings, self.spec)
 
     @property
     def names(self) -> dict[str, str]:
@@ -10363,7 +10379,7 @@ def _chat_files(metadata: Mapping[str, Any]) -> ChatFiles:
     files = _objects(metadata.get("files"))
     if not files:
         return ChatFiles()
-    meta = _mapping(_mapping(_mapping(metadata.get("model")).get("info")).get("meta"))
+    meta = _model_meta(metadata)
     known = [*_objects(meta.get("knowledge")), *_objects(metadata.get("folder_knowledge"))]
     known_keys = set(map(_file_key, known))
     sources = [_mapping(source.get("source")) for source in _objects(metadata.get("sources"))]

@@ -87,6 +87,21 @@ def test_a_file_of_a_program(host: Host, upstream: Upstream) -> None:
     assert sent["plugins"] == [{"id": "file-parser", "pdf": {"engine": "native"}}]
 
 
+def test_a_drawing_is_not_sent(host: Host, upstream: Upstream) -> None:
+    """No model takes SVG: with it the whole request would be refused."""
+    word = f"e2e{uuid.uuid4().hex[:10]}"
+    drawing = "data:image/svg+xml;base64," + base64.b64encode(b"<svg/>").decode()
+    content = [
+        {"type": "text", "text": f"Look at this {word}"},
+        {"type": "image_url", "image_url": {"url": drawing}},
+    ]
+    body = {"model": MODEL, "stream": False, "messages": [{"role": "user", "content": content}]}
+    answer = host.user.request("POST", "/api/chat/completions", body)
+    assert answer["choices"][0]["message"]["content"]
+    parts = upstream.last(word)["body"]["input"][-1]["content"]
+    assert [part["type"] for part in parts] == ["input_text"]
+
+
 def test_people_go_by_pseudonyms(host: Host, upstream: Upstream) -> None:
     user_id = host.user.whoami()["id"]
     body = ask(host.user, upstream)
