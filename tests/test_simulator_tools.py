@@ -23,8 +23,8 @@ TOOLS = [ADD, WAIT]
 class Conversation:
     """One user turn with a model that follows a script: each answer becomes part of the next request."""
 
-    def __init__(self, sim: Simulator, http: aiohttp.ClientSession, question: str, **body: Any) -> None:
-        self.sim, self.http = sim, http
+    def __init__(self, simulator: Simulator, http: aiohttp.ClientSession, question: str, **body: Any) -> None:
+        self.simulator, self.http = simulator, http
         self.items: list[Json] = [{"role": "user", "content": question}]
         self.body: Json = {"model": MODEL, "tools": TOOLS, **body}
         self.text = ""
@@ -32,7 +32,7 @@ class Conversation:
     async def ask(self, **body: Any) -> tuple[int, bytes]:
         """Send what has been said so far."""
         asked = {**self.body, "stream": True, "input": self.items, **body}
-        async with self.http.post(f"{self.sim.base_url}/responses", json=asked) as answer:
+        async with self.http.post(f"{self.simulator.base_url}/responses", json=asked) as answer:
             return answer.status, await answer.read()
 
     async def turn(self, *outputs: Any, **body: Any) -> list[Json]:
@@ -50,12 +50,6 @@ class Conversation:
             for call, output in zip(calls, outputs, strict=False)
         ]
         return said
-
-
-@pytest.fixture
-async def sim() -> AsyncIterator[Simulator]:
-    async with Simulator() as server:
-        yield server
 
 
 @pytest.fixture
@@ -85,20 +79,22 @@ def call(name: str = "add", /, **arguments: Any) -> Json:
 
 
 async def test_rounds_follow_one_another_and_the_end_quotes_the_outputs(
-    sim: Simulator, http: aiohttp.ClientSession
+    simulator: Simulator, http: aiohttp.ClientSession
 ) -> None:
     said = script([call(a=1), call("wait")], [call(a=3)], final="{count} outputs:\n{outputs}")
-    chat = Conversation(sim, http, said)
+    chat = Conversation(simulator, http, said)
     assert calls(await chat.turn("one", "two")) == [("add", {"a": 1}), ("wait", {})]
     assert calls(await chat.turn("three")) == [("add", {"a": 3})]
     assert kinds(await chat.turn()) == ["message"]
     assert chat.text == "3 outputs:\n- one\n- two\n- three"
-    assert [record.scenario for record in sim.requests] == ["script"] * 3
+    assert [record.scenario for record in simulator.requests] == ["script"] * 3
 
 
-async def test_a_repeated_request_gets_the_same_round(sim: Simulator, http: aiohttp.ClientSession) -> None:
-    chat = Conversation(sim, http, script([call(a=1)], [call(a=2)]))
-    assert [calls(await Conversation(sim, http, script([call(a=1)])).turn()) for _ in range(2)] == [
+async def test_a_repeated_request_gets_the_same_round(
+    simulator: Simulator, http: aiohttp.ClientSession
+) -> None:
+    chat = Conversation(simulator, http, script([call(a=1)], [call(a=2)]))
+    assert [calls(await Conversation(simulator, http, script([call(a=1)])).turn()) for _ in range(2)] == [
         [("add", {"a": 1})]
     ] * 2
     await chat.turn("one")
@@ -108,9 +104,9 @@ async def test_a_repeated_request_gets_the_same_round(sim: Simulator, http: aioh
 
 
 async def test_one_call_three_times_and_then_the_usual_text(
-    sim: Simulator, http: aiohttp.ClientSession
+    simulator: Simulator, http: aiohttp.ClientSession
 ) -> None:
-    chat = Conversation(sim, http, script(*[[call("wait")]] * 3))
+    chat = Conversation(simulator, http, script(*[[call("wait")]] * 3))
     assert [calls(await chat.turn("same")) for _ in range(3)] == [[("wait", {})]] * 3
     ids = [item["call_id"] for item in chat.items if item.get("type") == "function_call"]
     assert len(set(ids)) == 3
@@ -119,8 +115,8 @@ async def test_one_call_three_times_and_then_the_usual_text(
     assert "rounds" not in chat.text
 
 
-async def test_endless_calls_end_without_tools(sim: Simulator, http: aiohttp.ClientSession) -> None:
-    chat = Conversation(sim, http, script([call(a=1)], [call("wait")], endless=True, final="Enough."))
+async def test_endless_calls_end_without_tools(simulator: Simulator, http: aiohttp.ClientSession) -> None:
+    chat = Conversation(simulator, http, script([call(a=1)], [call("wait")], endless=True, final="Enough."))
     await chat.turn("x")
     assert [calls(await chat.turn("x")) for _ in range(4)] == [[("wait", {})]] * 4
     assert kinds(await chat.turn(tool_choice="none")) == ["message"]
@@ -129,11 +125,11 @@ async def test_endless_calls_end_without_tools(sim: Simulator, http: aiohttp.Cli
 
 
 async def test_thoughts_and_words_stand_where_they_are_written(
-    sim: Simulator, http: aiohttp.ClientSession
+    simulator: Simulator, http: aiohttp.ClientSession
 ) -> None:
     steps = [{"reasoning": ["First", "Second"]}, "Let me see.", call(a=1), {"reasoning": "And"}, call(a=2)]
     said = script(steps, [{"thinking": "Raw"}, call(a=3)], [{"reasoning": False}, call(a=4)])
-    chat = Conversation(sim, http, said, model=REASONER, include=["reasoning.encrypted_content"])
+    chat = Conversation(simulator, http, said, model=REASONER, include=["reasoning.encrypted_content"])
     items = await chat.turn("x", "y")
     expected = ["reasoning", "message", "function_call", "reasoning", "function_call"]
     assert kinds(items) == expected
@@ -150,24 +146,24 @@ async def test_thoughts_and_words_stand_where_they_are_written(
 
 
 async def test_a_model_that_reasons_does_so_unless_the_script_says_how(
-    sim: Simulator, http: aiohttp.ClientSession
+    simulator: Simulator, http: aiohttp.ClientSession
 ) -> None:
-    chat = Conversation(sim, http, script([call(a=1)]), model=REASONER)
+    chat = Conversation(simulator, http, script([call(a=1)]), model=REASONER)
     assert kinds(await chat.turn("x")) == ["reasoning", "function_call"]
 
 
-async def test_calls_that_no_schema_allows(sim: Simulator, http: aiohttp.ClientSession) -> None:
+async def test_calls_that_no_schema_allows(simulator: Simulator, http: aiohttp.ClientSession) -> None:
     """A test can send what models send: broken JSON, tools that are not there, ids that were used before."""
     odd = {"name": "no_such_tool", "arguments": '{"a": ', "call_id": "call_again"}
-    chat = Conversation(sim, http, script([odd]))
+    chat = Conversation(simulator, http, script([odd]))
     (item,) = await chat.turn()
     assert (item["name"], item["arguments"], item["call_id"]) == ("no_such_tool", '{"a": ', "call_again")
 
 
 async def test_the_other_calls_of_a_round_with_some_outputs(
-    sim: Simulator, http: aiohttp.ClientSession
+    simulator: Simulator, http: aiohttp.ClientSession
 ) -> None:
-    chat = Conversation(sim, http, script(["Both.", call(a=1), call(a=2)], [call(a=3)]))
+    chat = Conversation(simulator, http, script(["Both.", call(a=1), call(a=2)], [call(a=3)]))
     first, second = (item for item in await chat.turn("one") if item["type"] == "function_call")
     chat.items.remove(second)
     assert first in chat.items
@@ -175,8 +171,8 @@ async def test_the_other_calls_of_a_round_with_some_outputs(
     assert calls(await chat.turn()) == [("add", {"a": 3})]
 
 
-async def test_pictures_of_tools_are_no_question(sim: Simulator, http: aiohttp.ClientSession) -> None:
-    chat = Conversation(sim, http, script([call(a=1)], final="{count}"))
+async def test_pictures_of_tools_are_no_question(simulator: Simulator, http: aiohttp.ClientSession) -> None:
+    chat = Conversation(simulator, http, script([call(a=1)], final="{count}"))
     await chat.turn("one")
     note = "Here are the images from the tool results above. Please analyze them."
     chat.items.append({"role": "user", "content": [{"type": "input_text", "text": note}]})
@@ -184,36 +180,36 @@ async def test_pictures_of_tools_are_no_question(sim: Simulator, http: aiohttp.C
     assert chat.text == "1"
 
 
-async def test_an_answer_has_parameters_of_its_own(sim: Simulator, http: aiohttp.ClientSession) -> None:
+async def test_an_answer_has_parameters_of_its_own(simulator: Simulator, http: aiohttp.ClientSession) -> None:
     own = {"steps": [call(a=1)], "style": "whole"}
-    chat = Conversation(sim, http, script(own, final={"scenario": "burst", "tokens": 3}))
+    chat = Conversation(simulator, http, script(own, final={"scenario": "burst", "tokens": 3}))
     _, raw = await chat.ask()
     assert b"function_call_arguments" not in raw
     await chat.turn("x")
     await chat.turn()
     assert chat.text == "word0 word1 word2 "
-    chat = Conversation(sim, http, script(final={"steps": "Said.", "cut": 1, "how": "eof"}))
+    chat = Conversation(simulator, http, script(final={"steps": "Said.", "cut": 1, "how": "eof"}))
     assert b"response.completed" not in (await chat.ask())[1]
 
 
-async def test_a_script_in_the_queue(sim: Simulator, http: aiohttp.ClientSession) -> None:
-    sim.next("script", times=2, rounds=[[call("wait")]], final="Over.")
-    chat = Conversation(sim, http, "Hello")
+async def test_a_script_in_the_queue(simulator: Simulator, http: aiohttp.ClientSession) -> None:
+    simulator.next("script", times=2, rounds=[[call("wait")]], final="Over.")
+    chat = Conversation(simulator, http, "Hello")
     assert calls(await chat.turn("x")) == [("wait", {})]
     await chat.turn()
     assert chat.text == "Over."
 
 
-async def test_a_script_over_chat_completions(sim: Simulator, http: aiohttp.ClientSession) -> None:
+async def test_a_script_over_chat_completions(simulator: Simulator, http: aiohttp.ClientSession) -> None:
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
     messages: list[Json] = [{"role": "user", "content": script([call(a=1)], final="{outputs}")}]
     body = {"model": MODEL, "tools": tools, "messages": messages}
-    async with http.post(f"{sim.base_url}/chat/completions", json=body) as answer:
+    async with http.post(f"{simulator.base_url}/chat/completions", json=body) as answer:
         asked = (await answer.json())["choices"][0]["message"]
     (made,) = asked["tool_calls"]
     assert json.loads(made["function"]["arguments"]) == {"a": 1}
     messages += [asked, {"role": "tool", "tool_call_id": made["id"], "content": "42"}]
-    async with http.post(f"{sim.base_url}/chat/completions", json=body) as answer:
+    async with http.post(f"{simulator.base_url}/chat/completions", json=body) as answer:
         assert (await answer.json())["choices"][0]["message"]["content"] == "- 42"
 
 
@@ -231,15 +227,15 @@ async def test_a_script_over_chat_completions(sim: Simulator, http: aiohttp.Clie
     ],
 )
 async def test_an_unusable_script_is_refused(
-    sim: Simulator, http: aiohttp.ClientSession, message: str
+    simulator: Simulator, http: aiohttp.ClientSession, message: str
 ) -> None:
-    status, raw = await Conversation(sim, http, message).ask()
+    status, raw = await Conversation(simulator, http, message).ask()
     assert (status, b"simulator: " in raw) == (400, True)
 
 
-async def test_a_script_cannot_name_a_file(sim: Simulator, http: aiohttp.ClientSession) -> None:
+async def test_a_script_cannot_name_a_file(simulator: Simulator, http: aiohttp.ClientSession) -> None:
     """The call may have such an argument; the simulator itself reads nothing that a message names."""
     final = {"scenario": "replay", "path": __file__}
-    chat = Conversation(sim, http, script([call(path="/tmp")], final=final, path=__file__))
+    chat = Conversation(simulator, http, script([call(path="/tmp")], final=final, path=__file__))
     assert calls(await chat.turn("x")) == [("add", {"path": "/tmp"})]
     assert b"cannot_name_a_file" not in (await chat.ask())[1]
