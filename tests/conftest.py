@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 
 import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
@@ -20,6 +21,13 @@ async def simulator() -> AsyncIterator[Simulator]:
     """OpenRouter on a loopback port of its own."""
     async with Simulator() as running:
         yield running
+
+
+@pytest.fixture
+async def http() -> AsyncIterator[aiohttp.ClientSession]:
+    """A client that asks the simulator with a key."""
+    async with aiohttp.ClientSession(headers={"Authorization": "Bearer sk-or-test"}) as session:
+        yield session
 
 
 @pytest.fixture

@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parent.parent
 DATA = ROOT / "tests" / "data" / "openrouter"
 GOLDEN = ROOT / "tests" / "data" / "golden"
 PAGE = ROOT / "docs" / "simulator.md"
-AUTH = {"Authorization": "Bearer sk-or-test"}
 MODEL = "openai/gpt-4o-mini"
 REASONER = "openai/gpt-5-mini"
 PAINTER = "black-forest-labs/flux.2-pro"  # makes images and no text
@@ -64,12 +63,6 @@ RELAXED = {"or_search", "or_image", "datetime", "reasoning_text"}
 async def sim() -> AsyncIterator[Simulator]:
     async with Simulator() as server:
         yield server
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(headers=AUTH) as session:
-        yield session
 
 
 def _load(name: str) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import AsyncIterator
 from typing import Any
 
 import aiohttp
@@ -12,7 +11,6 @@ import pytest
 from openrouter_responses_pipe.simulator import Simulator
 
 Json = dict[str, Any]
-AUTH = {"Authorization": "Bearer sk-or-test"}
 MODEL = "openai/gpt-4o-mini"
 REASONER = "openai/gpt-5-mini"
 ADD: Json = {"type": "function", "name": "add", "parameters": {"properties": {"a": {"type": "integer"}}}}
@@ -50,12 +48,6 @@ class Conversation:
             for call, output in zip(calls, outputs, strict=False)
         ]
         return said
-
-
-@pytest.fixture
-async def http() -> AsyncIterator[aiohttp.ClientSession]:
-    async with aiohttp.ClientSession(headers=AUTH) as session:
-        yield session
 
 
 def script(*rounds: Any, **more: Any) -> str:
