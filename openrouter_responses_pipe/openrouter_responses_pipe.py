@@ -67,6 +67,7 @@ import random
 import re
 import secrets
 import socket
+import sqlite3
 import sys
 import time
 import traceback
@@ -74,7 +75,7 @@ import types
 import uuid
 import weakref
 import zlib
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -96,6 +97,7 @@ from urllib.parse import unquote, urljoin, urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+import sqlalchemy as sa
 from aiohttp.abc import AbstractResolver, ResolveResult
 from aiohttp.http import HttpProcessingError
 from cryptography.exceptions import InvalidTag
@@ -114,13 +116,36 @@ from pydantic import (
 )
 from pydantic.fields import FieldInfo
 from pydantic_core import core_schema
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
+from tenacity import (
+    AsyncRetrying,
+    RetryCallState,
+    retry_if_exception,
+    retry_if_exception_type,
+    stop_after_attempt,
+    wait_random_exponential,
+)
 
 # What may be missing
 try:
     import orjson
 except ImportError:  # the standard library serves, more slowly
     orjson = None
+try:
+    import lz4.frame as lz4_frame
+except ImportError:  # zlib serves, more slowly
+    lz4_frame = None
+try:
+    from ulid import ULID
+except ImportError:  # a few lines of ours serve
+    ULID = None
+try:
+    from redis.exceptions import RedisError
+except ImportError:  # it comes with Open WebUI, not with this file
+    RedisError = OSError
 try:
     import fcntl
 except ImportError:  # Windows: the workers of one server then write side by side
@@ -147,6 +172,7 @@ _MAX_FRAME_BYTES: Final = 128 * 1024 * 1024
 _MAX_ERROR_BYTES: Final = 256 * 1024
 _MAX_CARRIER_CHARS: Final = 64 * 1024  # of reasoning that rides with a message in the host's own history
 _MAX_RECORD_BYTES: Final = 1024 * 1024  # of the same, opened
+_MAX_ARTIFACT_BYTES: Final = 16 * 1024 * 1024  # of what is kept in a row, opened
 _MAX_WORDS_CHARS: Final = 600  # of what a provider says about its error
 _LARGE_BODY_BYTES: Final = 1024 * 1024
 _HEAVY_FRAME_BYTES: Final = 256 * 1024  # decoded in a thread
@@ -214,6 +240,7 @@ _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
 )
 _NOT_IN_TOOL_NAMES_RE: Final = re.compile(r"[^A-Za-z0-9_-]")
+_ULID_RE: Final = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _UUID_RE: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
@@ -221,6 +248,9 @@ _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz
 LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
 
 _SEPARATORS: Final = " ·•|–—-,;:/"
+
+# Other tools of OpenRouter's own are refused in a history; this one remembers by it (reference §4).
+_REPLAYED_TOOLS: Final = ("openrouter:advisor",)
 
 # Names shared with other loads of this file
 _RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
@@ -645,19 +675,66 @@ class ChatFiles(NamedTuple):
     question_id: str = ""  # the message that is being answered
 
 
+class ArtifactPayload(NamedTuple):
+    """Something to keep with a chat, because the host keeps only a reference to it; `data` is JSON."""
+
+    data: Any
+    kind: Literal["turn", "tool_output", "server_tool", "summary"]
+    user_id: str
+    chat_id: str
+    message_id: str = ""
+    model: str = ""
+
+
+class ArtifactRow(NamedTuple):
+    """The same as it is stored. `codec` and `key_id` say how `payload` was made of `raw_bytes` of JSON.
+
+    Times are seconds since 1970; a row that another chat of the same person uses has a copy of its own.
+    """
+
+    ulid: str
+    chat_id: str
+    message_id: str
+    user_id: str
+    model: str
+    kind: str
+    codec: str
+    key_id: str  # of the key that sealed it; empty: it is not sealed
+    raw_bytes: int
+    payload: bytes
+    created_at: float
+    last_used_at: float
+
+
+class LoadedArtifacts(NamedTuple):
+    """What could be had of the artifacts of a history, by ULID, and how many could not be read."""
+
+    found: Mapping[str, Any] = types.MappingProxyType({})
+    unreadable: int = 0
+
+
+class Database(NamedTuple):
+    """The host's database: its asynchronous engine, and the schema that its tables are in."""
+
+    engine: AsyncEngine
+    schema: str | None = None
+
+
 class IntakePlan(NamedTuple):
     """What a history needs from elsewhere before it can be translated: records that ride with it, media.
 
+    `turns` are the ULIDs of records that are stored, `sealed` those that ride with it themselves;
     `shown` are the addresses of pictures that answers show, by the place of the message.
     """
 
     sealed: tuple[str, ...] = ()
     media: tuple[MediaRef, ...] = ()
     shown: Mapping[int, list[str]] = types.MappingProxyType({})
+    turns: tuple[str, ...] = ()
 
 
 class Intake(NamedTuple):
-    """What could be had of a plan: records by their sealed text, media by their reference."""
+    """What could be had of a plan: records by their ULID or sealed text, media by their reference."""
 
     records: Mapping[str, TurnEntries] = types.MappingProxyType({})
     takes_unsealed: bool = False  # the server has no secret, so nothing could be sealed
@@ -802,10 +879,10 @@ class ReasoningDelta(NamedTuple):
 
 
 class ItemClosed(NamedTuple):
-    """An item of type message or reasoning is complete; `payload` is the provider's own item."""
+    """An item is complete; `payload` is the provider's own. Of server tools: only what has to be replayed."""
 
     item: int
-    kind: Literal["message", "reasoning"]
+    kind: Literal["message", "reasoning", "server_tool"]
     payload: JSONObject
 
 
@@ -1457,27 +1534,48 @@ def _fernet_key(secret: str) -> bytes:
 
 
 class ArtifactCipher:
-    """Seals what is kept with a chat (AES-256-GCM), bound to its owner; without a secret it seals nothing."""
+    """Seals what is kept with a chat (AES-256-GCM), bound to its owner; without a secret it seals nothing.
 
-    def __init__(self, secret: str, pipe_id: str) -> None:
-        self._secret = secret
+    `older` secrets open what they have sealed, and seal nothing any more.
+    """
+
+    def __init__(self, secret: str, pipe_id: str, older: tuple[str, ...] = ()) -> None:
+        self._secrets = tuple(dict.fromkeys((secret, *filter(None, older))))
         self._info = f"openrouter-responses-pipe artifacts {pipe_id}".encode()
 
     @functools.cached_property
-    def _aead(self) -> AESGCM:
-        key = HKDF(hashes.SHA256(), 32, salt=None, info=self._info).derive(self._secret.encode())
-        return AESGCM(key)
+    def _keys(self) -> dict[str, AESGCM]:
+        keys: dict[str, AESGCM] = {}
+        for secret in self._secrets:
+            key = HKDF(hashes.SHA256(), 32, salt=None, info=self._info).derive(secret.encode())
+            keys[hashlib.sha256(key).hexdigest()[:8]] = AESGCM(key)
+        return keys
 
     @property
     def can_seal(self) -> bool:
         """Whether there is a secret."""
-        return bool(self._secret)
+        return bool(self._secrets[0])
+
+    def encrypt(self, data: bytes, owner: str) -> tuple[str, bytes]:
+        """(the id of the key, `data` sealed for `owner`)."""
+        key_id, key = next(iter(self._keys.items()))
+        nonce = secrets.token_bytes(12)
+        return key_id, nonce + key.encrypt(nonce, data, owner.encode())
+
+    def decrypt(self, key_id: str, sealed: bytes, owner: str) -> bytes:
+        """What `encrypt` was given.
+
+        Raises:
+            StorageError: it was sealed by or for somebody else, or with another secret.
+        """
+        try:
+            return self._keys[key_id].decrypt(sealed[:12], sealed[12:], owner.encode())
+        except (KeyError, InvalidTag, ValueError):
+            raise StorageError("What was kept could not be opened") from None
 
     def seal(self, data: bytes, owner: str) -> str:
         """`data`, compressed and sealed, as text that only `owner`'s requests can open."""
-        nonce = secrets.token_bytes(12)
-        sealed = self._aead.encrypt(nonce, zlib.compress(data, 1), owner.encode())
-        return base64.urlsafe_b64encode(nonce + sealed).decode()
+        return base64.urlsafe_b64encode(self.encrypt(zlib.compress(data, 1), owner)[1]).decode()
 
     def open(self, text: str, owner: str) -> bytes:
         """What `seal` was given.
@@ -1485,14 +1583,32 @@ class ArtifactCipher:
         Raises:
             StorageError: it was sealed by or for somebody else, with another secret, or not at all.
         """
-        try:
+        with contextlib.suppress(ValueError):
             raw = base64.urlsafe_b64decode(text)
-            if base64.urlsafe_b64encode(raw).decode() != text:
-                raise ValueError  # in many forms one record could be opened many times
-            opened = self._aead.decrypt(raw[:12], raw[12:], owner.encode())
-        except (InvalidTag, ValueError):
-            raise StorageError("Kept reasoning could not be opened") from None
-        return zlib.decompressobj().decompress(opened, _MAX_RECORD_BYTES)
+            # In many forms one record could be opened many times.
+            whole = raw if base64.urlsafe_b64encode(raw).decode() == text else b""
+            for key_id in self._keys:
+                with contextlib.suppress(StorageError):
+                    opened = self.decrypt(key_id, whole, owner)
+                    return zlib.decompressobj().decompress(opened, _MAX_RECORD_BYTES)
+        raise StorageError("Kept reasoning could not be opened")
+
+
+@functools.lru_cache(maxsize=8)
+def _artifact_cipher(pipe_id: str, secret: str, *older: str) -> ArtifactCipher:
+    """Kept, because deriving keys takes longer than all else that is done with them in a request."""
+    return ArtifactCipher(secret, pipe_id, older)
+
+
+def _new_ulid(now: float) -> str:
+    """An id that nobody can guess and that sorts by the time it was made (github.com/ulid/spec)."""
+    if ULID is not None:
+        return str(ULID.from_timestamp(now))
+    number = int(now * 1000) % 2**48 << 80 | secrets.randbits(80)
+    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
+
+
+_CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
 
 
 def _header_value(text: str) -> str:
@@ -2107,6 +2223,8 @@ class HostEnvironment(NamedTuple):
 
     secret: str = ""
     webui_url: str = ""
+    has_redis: bool = False
+    workers: int = 1
 
     def __repr__(self) -> str:
         return f"HostEnvironment({self.webui_url})"  # never the secret
@@ -2115,7 +2233,13 @@ class HostEnvironment(NamedTuple):
     def read(cls, environ: Mapping[str, str] = os.environ) -> HostEnvironment:
         """Read the variables that Open WebUI itself reads."""
         secret = environ.get("WEBUI_SECRET_KEY") or environ.get("WEBUI_JWT_SECRET_KEY") or ""
-        return cls(secret=secret, webui_url=environ.get("WEBUI_URL", "").rstrip("/"))
+        workers = environ.get("UVICORN_WORKERS", "1")
+        return cls(
+            secret=secret,
+            webui_url=environ.get("WEBUI_URL", "").rstrip("/"),
+            has_redis=bool(environ.get("REDIS_URL") or environ.get("REDIS_SENTINEL_HOSTS")),
+            workers=int(workers) if workers.isdecimal() else 1,
+        )
 
 
 class _LenientModel(BaseModel):
@@ -2145,7 +2269,7 @@ class _LenientModel(BaseModel):
         model._set_aside = aside
         return model
 
-    @field_validator("API_KEY", mode="after", check_fields=False)
+    @field_validator("API_KEY", "ARTIFACT_ENCRYPTION_KEY", mode="after", check_fields=False)
     @classmethod
     def _seal(cls, value: EncryptedStr) -> EncryptedStr:
         return EncryptedStr.encrypt(value, HostEnvironment.read().secret)
@@ -2470,7 +2594,57 @@ class _ToolValves(_RequestValves):
     )
 
 
-class Valves(_ToolValves, _LenientModel):
+class _StorageValves(_ToolValves):
+    ENABLE_ARTIFACT_STORE: bool = Field(
+        default=True,
+        description=(
+            "Keep what models need to get back (their thinking) in a table of Open WebUI's database; off = "
+            "with the messages of a chat, where only little fits."
+        ),
+    )
+    PERSIST_TOOL_RESULTS: bool = Field(
+        default=True,
+        description="Keep also what tools of OpenRouter's own need to get back, such as an advisor.",
+    )
+    ARTIFACT_ENCRYPTION_KEY: EncryptedStr = Field(
+        default=EncryptedStr(""),
+        description=(
+            "Secret that seals it; empty = the server's WEBUI_SECRET_KEY. A comma list: the first seals, the "
+            "others still open what they have sealed."
+        ),
+        json_schema_extra=_SECRET_INPUT,
+    )
+    ENCRYPT_ARTIFACTS: Literal["off", "reasoning", "all"] = Field(
+        default="reasoning", description="What of it is sealed: nothing, thinking, or everything."
+    )
+    ENABLE_LZ4_COMPRESSION: bool = Field(
+        default=True, description="Compress with LZ4 where the server has it (faster), else with zlib."
+    )
+    MIN_COMPRESS_BYTES: int = Field(
+        default=256, ge=0, le=1_000_000, description="What is smaller, in bytes, is not compressed."
+    )
+    DB_BATCH_SIZE: int = Field(
+        default=10, ge=1, le=500, description="Rows written to the database at once, where several wait."
+    )
+    ARTIFACT_CLEANUP_DAYS: int = Field(
+        default=90, ge=0, le=3650, description="What nobody has used for so many days is deleted; 0 = never."
+    )
+    ARTIFACT_CLEANUP_INTERVAL_HOURS: float = Field(
+        default=1.0, ge=0.1, le=168, description="Hours from one clean-up to the next."
+    )
+    ENABLE_REDIS_CACHE: Literal["auto", "on", "off"] = Field(
+        default="auto",
+        description="Write through Open WebUI's Redis, where it has one: with several workers, or always.",
+    )
+    REDIS_CACHE_TTL_SECONDS: int = Field(
+        default=600, ge=1, le=86400, description="For so long Redis keeps what was just written, in seconds."
+    )
+    REDIS_PENDING_WARN_THRESHOLD: int = Field(
+        default=100, ge=1, le=1_000_000, description="The log warns when more rows than that wait in Redis."
+    )
+
+
+class Valves(_StorageValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
 
@@ -2616,6 +2790,53 @@ def _request_settings(
     )
 
 
+class ArtifactSettings(NamedTuple):
+    """How artifacts are kept; `cipher` also seals what rides with the messages of a chat."""
+
+    cipher: ArtifactCipher
+    is_on: bool = True
+    keeps_tool_results: bool = True
+    sealed_kinds: Container[str] = frozenset({"turn"})
+    uses_lz4: bool = True
+    least_compressed: int = 256
+    batch: int = 10
+    keep_s: float = 90 * 86400.0  # since it was last used; 0: for ever
+    cleanup_s: float = 3600.0
+    uses_redis: bool = False
+    redis_ttl_s: int = 600
+    redis_warn_at: int = 100
+
+
+def _artifact_settings(valves: Valves, env: HostEnvironment, pipe_id: str) -> ArtifactSettings:
+    """What the valves decide about artifacts."""
+    try:
+        own = EncryptedStr(valves.ARTIFACT_ENCRYPTION_KEY).decrypt(env.secret)
+    except ConfigurationError:  # sealed with a secret that the server does not have any more
+        own = ""
+    has_several = env.workers > 1 or valves.ENABLE_REDIS_CACHE == "on"
+    return ArtifactSettings(
+        cipher=_artifact_cipher(pipe_id, *filter(None, map(str.strip, own.split(","))), env.secret),
+        is_on=valves.ENABLE_ARTIFACT_STORE,
+        keeps_tool_results=valves.PERSIST_TOOL_RESULTS,
+        sealed_kinds=_SEALED_KINDS[valves.ENCRYPT_ARTIFACTS],
+        uses_lz4=valves.ENABLE_LZ4_COMPRESSION,
+        least_compressed=valves.MIN_COMPRESS_BYTES,
+        batch=valves.DB_BATCH_SIZE,
+        keep_s=valves.ARTIFACT_CLEANUP_DAYS * 86400.0,
+        cleanup_s=valves.ARTIFACT_CLEANUP_INTERVAL_HOURS * 3600,
+        uses_redis=env.has_redis and has_several and valves.ENABLE_REDIS_CACHE != "off",
+        redis_ttl_s=valves.REDIS_CACHE_TTL_SECONDS,
+        redis_warn_at=valves.REDIS_PENDING_WARN_THRESHOLD,
+    )
+
+
+_SEALED_KINDS: Final[dict[str, Container[str]]] = {
+    "off": frozenset(),
+    "reasoning": frozenset({"turn"}),
+    "all": frozenset({"turn", "tool_output", "server_tool", "summary"}),
+}
+
+
 def _tool_limits(valves: Valves) -> ToolLimits:
     return ToolLimits(
         at_once=valves.MAX_PARALLEL_TOOLS_PER_REQUEST,
@@ -2746,12 +2967,21 @@ async def _saved_cost(chat_id: str) -> float:
     from open_webui.models.chat_messages import (  # pyright: ignore[reportMissingImports]  # host only
         ChatMessage,
     )
-    from sqlalchemy import select
 
     async with get_async_db_context() as session:
-        usages = await session.scalars(select(ChatMessage.usage).where(ChatMessage.chat_id == chat_id))
+        usages = await session.scalars(sa.select(ChatMessage.usage).where(ChatMessage.chat_id == chat_id))
         costs = [_mapping(usage).get("cost") for usage in usages]
     return math.fsum(cost for cost in costs if _is_number(cost) and cost > 0)
+
+
+async def _known_chats(chat_ids: Sequence[str]) -> set[str]:
+    from open_webui.internal.db import (  # pyright: ignore[reportMissingImports]  # host only
+        get_async_db_context,
+    )
+    from open_webui.models.chats import Chat  # pyright: ignore[reportMissingImports]  # host only
+
+    async with get_async_db_context() as session:
+        return set(await session.scalars(sa.select(Chat.id).where(Chat.id.in_(chat_ids))))
 
 
 async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int) -> MediaBlob:
@@ -2813,7 +3043,7 @@ def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
     return _blob_of(content, name)
 
 
-async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
+async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
     from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.models.files import FileForm, Files  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
@@ -2825,9 +3055,10 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
     )
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
     form = FileForm(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
-    await Files.insert_new_file(request.user_id, form)
-    if request.message_id:
+    row = await Files.insert_new_file(request.user_id, form)
+    if request.message_id and row is not None:
         await Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
+    return row is not None
 
 
 async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
@@ -3007,6 +3238,51 @@ class OpenWebUIHost:
             return None
         return Path(DATA_DIR) / "openrouter_responses_pipe"
 
+    def database(self) -> Database | None:
+        """The database that the host keeps everything in; None without a host."""
+        if self.version is None:
+            return None
+        from open_webui.env import DATABASE_SCHEMA  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.internal.db import async_engine  # pyright: ignore[reportMissingImports]  # host only
+
+        return None if async_engine is None else Database(async_engine, DATABASE_SCHEMA)
+
+    def redis(self) -> tuple[Any, str] | None:
+        """(a client of the host's Redis that speaks bytes, the prefix of its keys); None if it has none."""
+        if self.version is None:
+            return None
+        from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
+        from open_webui.utils.redis import (  # pyright: ignore[reportMissingImports]  # host only
+            get_redis_connection,
+            get_sentinels_from_env,
+        )
+
+        sentinels = get_sentinels_from_env(env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT)
+        if not env.REDIS_URL and not sentinels:
+            return None
+        client = get_redis_connection(
+            env.REDIS_URL, sentinels, env.REDIS_CLUSTER, async_mode=True, decode_responses=False
+        )
+        return client, env.REDIS_KEY_PREFIX
+
+    async def deleted_chats(self, chat_ids: Sequence[str]) -> list[str]:
+        """Those of these chats that are not there any more; none where that cannot be asked."""
+        if self.version is None or not chat_ids:
+            return []
+        there = await _host_answer(_known_chats(chat_ids), None, "which chats there are could not be read")
+        return [] if there is None else [chat_id for chat_id in chat_ids if chat_id not in there]
+
+    async def is_active(self, function_id: str) -> bool:
+        """Whether the host still has this function, switched on; it tells nobody when that ends."""
+        if self.version is None:
+            return True
+        from open_webui.models.functions import Functions  # pyright: ignore[reportMissingImports]  # host only
+
+        row = await _host_answer(
+            Functions.get_function_by_id(function_id), None, "this function could not be looked up"
+        )
+        return row is not None and bool(row.is_active)
+
     @contextlib.contextmanager
     def only_one(self, what: str) -> Iterator[bool]:
         """Whether nobody else on this machine does `what` now: other workers, other loads of this file."""
@@ -3137,11 +3413,12 @@ class OpenWebUIHost:
             raise InputError("There is no such file here")
         return await _inline_internal_file_url(address, user_id, most_bytes)
 
-    async def save_file(self, file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> None:
-        """Keep a file with the person whose chat it is of, under this id; a failure is logged."""
-        if self.version is not None:
-            saving = _save_file(file_id, blob, content, request)
-            await _host_answer(saving, None, "a file of a chat could not be kept", _STORAGE_S)
+    async def save_file(self, file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
+        """Whether a file could be kept with the person whose chat it is of, under this id."""
+        if self.version is None:
+            return False
+        saving = _save_file(file_id, blob, content, request)
+        return await _host_answer(saving, False, "a file of a chat could not be kept", _STORAGE_S)
 
     async def described(self, files: ChatFiles, user_id: str) -> ChatFiles:
         """The list of files with names and kinds in it; programs name files by their ids alone."""
@@ -4428,12 +4705,12 @@ def plan_intake(
 
     Media come in the order of their importance: the latest of the person's first.
     """
-    sealed = [
-        detail["sealed"]
-        for message in messages
+    carriers = [
+        _carried(detail)
+        for message in reversed(messages)
         if message.get("reasoning_details")
         for detail in _objects(message["reasoning_details"])
-        if detail.get("type") == _CARRIER and 0 < len(_text(detail.get("sealed"))) <= _MAX_CARRIER_CHARS
+        if detail.get("type") == _CARRIER
     ]
     media: list[MediaRef] = []
     for message in reversed(messages):
@@ -4444,7 +4721,9 @@ def plan_intake(
     for position in sorted(shown, reverse=True):
         addresses = [address for address in shown[position] if not address.startswith("data:")]
         media += [MediaRef("image", address, in_answer=True) for address in addresses]
-    return IntakePlan(tuple(dict.fromkeys(sealed)), tuple(dict.fromkeys(media)), shown)
+    turns = tuple(dict.fromkeys(key for key in carriers if _ULID_RE.fullmatch(key)))
+    sealed = tuple(dict.fromkeys(key for key in carriers if key not in turns and key))
+    return IntakePlan(sealed, tuple(dict.fromkeys(media)), shown, turns)
 
 
 def _transform_messages_to_input(
@@ -4490,7 +4769,7 @@ def _transform_messages_to_input(
         if entries and _add_replayed(history, _plain_text(message.get("content")), calls, entries):
             open_calls = {call.call_id: sent for call, sent in calls}
             for detail in _objects(message.get("reasoning_details")):
-                records.pop(_text(detail.get("sealed")), None)
+                records.pop(_carried(detail), None)
             continue
         build(history, message, spec)
         if calls:
@@ -4745,7 +5024,8 @@ def _digest(text: str) -> str:
 class TurnRecord:
     """The output of one upstream call in its order: reasoning verbatim, of the rest what finds it again.
 
-    An entry is `{"reasoning": item}`, `{"message": digest, "chars": n, "phase": word}` or `{"call": id}`.
+    An entry is `{"reasoning": item}`, `{"message": digest, "chars": n, "phase": word}`, `{"call": id}` or
+    `{"tool": item}` of a tool that is not run here and has to find its own words again.
     """
 
     __slots__ = ("_calls", "_entries", "_texts")
@@ -4767,13 +5047,15 @@ class TurnRecord:
                 text = self._texts[emission.item] = _said_in(emission.payload)
                 # Open WebUI takes the spaces around an answer away.
                 self._entries[emission.item] = _message_entry(text.strip(), emission.payload.get("phase"))
+            elif emission.kind == "server_tool":
+                self._entries[emission.item] = {"tool": emission.payload}
             elif items := _replayable(emission.payload):
                 self._entries[emission.item] = {"reasoning": items[0]} if len(items) == 1 else {"all": items}
 
     @property
-    def first_reasoning(self) -> int | None:
-        """The item that the record rides with."""
-        return min((number for number, entry in self._entries.items() if _reasoning_of(entry)), default=None)
+    def carrier_item(self) -> int | None:
+        """The item that the record rides with: the first that the host does not keep whole."""
+        return min((number for number, entry in self._entries.items() if _hidden_items(entry)), default=None)
 
     def dump(self) -> list[JSONObject]:
         """The entries in the order of the output."""
@@ -4791,8 +5073,7 @@ class TurnRecord:
         calls, as the host hands it back.
         """
         history = _History(_PLAIN_SETTINGS)
-        reasons = any(map(_reasoning_of, self._entries.values()))
-        if not reasons:
+        if self.carrier_item is None:
             texts = [self._texts[number] for number in sorted(self._texts) if number in self._entries]
             _add_answer(history, "\n".join(texts))
             return [*history.items, *(_call_item(call, call.call_id, names) for call in self.calls)]
@@ -4806,7 +5087,7 @@ class TurnRecord:
                     history, self._texts[number].strip(), _text(entry.get("phase")) if is_kept else ""
                 )
             else:
-                history.items += _reasoning_of(entry)
+                history.items += _hidden_items(entry)
         return history.items
 
 
@@ -4935,13 +5216,19 @@ def _entries_of(
     for detail in details:
         if detail.get("type") != _CARRIER:
             unsealed.append(detail)
-        elif "sealed" in detail:
-            entries += records.get(_text(detail.get("sealed")), ())
+        elif key := _carried(detail):
+            entries += records.get(key, ())
         elif intake.takes_unsealed and _is_small(detail):
-            entries += [{**entry, "phase": None} for entry in _objects(detail.get("record"))]
+            entries += [{**entry, "phase": None, "tool": None} for entry in _objects(detail.get("record"))]
     if entries or not _is_small(unsealed):
         return entries
     return [{"reasoning": item} for item in _from_chat_details(unsealed)]
+
+
+def _carried(detail: Mapping[str, Any]) -> str:
+    """By what a record is found: the ULID under which it is stored, or itself, sealed; "" for neither."""
+    key = _text(detail.get("turn")) or _text(detail.get("sealed"))
+    return key if len(key) <= _MAX_CARRIER_CHARS else ""
 
 
 def _is_small(value: Any) -> bool:
@@ -4954,6 +5241,12 @@ def _is_small(value: Any) -> bool:
 def _reasoning_of(entry: Mapping[str, Any]) -> list[JSONObject]:
     items = [entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all"))
     return [item for item in map(_reasoning_item, items) if item is not None]
+
+
+def _hidden_items(entry: Mapping[str, Any]) -> list[JSONObject]:
+    """What of an entry only the record holds."""
+    tool = _mapping(entry.get("tool"))
+    return [dict(tool)] if tool.get("type") in _REPLAYED_TOOLS else _reasoning_of(entry)
 
 
 def _add_replayed(
@@ -4977,7 +5270,7 @@ def _add_replayed(
         elif "call" in entry:
             history.items.append(_call_item(*left_calls.popleft(), history.settings.tool_names))
         else:
-            history.items += _reasoning_of(entry)
+            history.items += _hidden_items(entry)
     for rest in texts:
         _add_answer(history, rest)
     history.items += [_call_item(call, sent, history.settings.tool_names) for call, sent in left_calls]
@@ -6942,7 +7235,9 @@ def _picture(payload: Mapping[str, Any]) -> str:
 
 def _finish_server_tool(state: StreamState, item: _Item) -> list[Emission]:
     status = str(item.payload.get("status") or "completed")
-    return [ServerToolProgress(item.type, "completed" if status == "in_progress" else status, _query(item))]
+    ended = ServerToolProgress(item.type, "completed" if status == "in_progress" else status, _query(item))
+    replayed = item.type in _REPLAYED_TOOLS and status == "completed"
+    return [*([ItemClosed(item.number, "server_tool", item.payload)] if replayed else []), ended]
 
 
 def _query(item: _Item) -> str:
@@ -7906,13 +8201,13 @@ class _BrowserWriter(_Writer):
     def _write_closed(self, closed: ItemClosed) -> list[Entry]:
         entries: list[Entry] = []
         item = self._open.get(closed.item)
-        if item is None and closed.kind == "reasoning":  # nothing of it was shown, but it may be kept
+        if item is None and closed.kind != "message":  # nothing of it was shown, but it may be kept
             item = self._start(closed.item, "reasoning", entries)
         if item is None:
             return []
         del self._open[closed.item]
         entries += self._close(item, "completed")
-        if closed.kind == "reasoning":
+        if closed.kind != "message":
             self._closed[closed.item] = cast(JSONObject, entries[-1])
         return entries
 
@@ -8410,11 +8705,6 @@ class Emitter:
         for source in finished.result.sources:
             await self._emit({"type": "source", "data": source})
 
-    async def _emit_media(self, media: MediaProduced) -> None:
-        await self._emit_notification(
-            Notice("The model made a picture; this version cannot show pictures yet.")
-        )
-
     async def _count_usage(self, reported: UsageReported) -> None:
         self._usage = _merge_usage_stats(self._usage, reported.usage)
 
@@ -8476,14 +8766,13 @@ class Emitter:
         ServerToolProgress: _emit_progress,
         ToolStarted: _emit_tool_prompt,
         ToolFinished: _emit_tool_sources,
-        MediaProduced: _emit_media,
         UsageReported: _count_usage,
         TurnEnded: _note_end,
         Failed: _emit_templated_error,
     }
 
 
-_TEXT_ANSWERS: Final = (TextDelta, RefusalDelta, MediaProduced)
+_TEXT_ANSWERS: Final = (TextDelta, RefusalDelta)
 _ANSWERS: Final = (*_TEXT_ANSWERS, ToolRequested)
 _WRITTEN: Final = (TextDelta, RefusalDelta, ReasoningDelta)
 # server tool -> what is said while it works, when it has, and when it could not (if anything)
@@ -8865,8 +9154,876 @@ _GONE_S: Final = 600.0
 
 
 # ── 15. Artifact store ───────────────────────────────────────────────────────
-# (empty)
-# Will hold: reasoning and tool results, encrypted, in the host's database.
+# What models need back and the host does not keep: sealed rows in the host's database.
+# Promise: what `save` has acknowledged is stored; whatever fails here, the chat goes on.
+# Doc: docs/persistence_encryption_and_storage.md   Tests: tests/test_artifact_store.py
+
+
+def _packed(
+    payload: ArtifactPayload, raw: bytes, ulid: str, settings: ArtifactSettings, now: float
+) -> ArtifactRow:
+    """The row of a payload; `raw` is its data as JSON."""
+    codec = "json"
+    packed = raw
+    if len(raw) >= settings.least_compressed:
+        codec = "lz4" if settings.uses_lz4 and "lz4" in _COMPRESS else "zlib"
+        packed = _COMPRESS[codec](raw)
+        if len(packed) >= len(raw):
+            codec, packed = "json", raw
+    key_id = ""
+    if payload.kind in settings.sealed_kinds and settings.cipher.can_seal:
+        # Bound to the row: put under another id or with another person it cannot be opened.
+        key_id, packed = settings.cipher.encrypt(packed, f"{ulid} {payload.user_id}")
+    return ArtifactRow(
+        ulid,
+        payload.chat_id,
+        payload.message_id,
+        payload.user_id,
+        payload.model,
+        payload.kind,
+        codec,
+        key_id,
+        len(raw),
+        packed,
+        created_at=now,
+        last_used_at=now,
+    )
+
+
+def _unpacked(row: ArtifactRow, cipher: ArtifactCipher) -> bytes:
+    """The JSON that a row was made of.
+
+    Raises:
+        StorageError: it was sealed with a key that is gone, or damaged.
+    """
+    packed = row.payload
+    if row.key_id:
+        packed = cipher.decrypt(row.key_id, packed, f"{row.ulid} {row.user_id}")
+    try:
+        raw = packed if row.codec == "json" else _DECOMPRESS[row.codec](packed, row.raw_bytes)
+    except (KeyError, ValueError, RuntimeError, EOFError, zlib.error):
+        raise StorageError("What was kept is damaged") from None
+    if len(raw) != row.raw_bytes:
+        raise StorageError("What was kept is damaged")
+    return raw
+
+
+def _readable(rows: Iterable[ArtifactRow], cipher: ArtifactCipher) -> tuple[dict[str, bytes], int]:
+    """(the JSON of the rows that can be read, by ULID; the number of the others)."""
+    found: dict[str, bytes] = {}
+    unreadable: set[str] = set()
+    for row in rows:
+        try:
+            found[row.ulid] = _unpacked(row, cipher)
+        except StorageError:
+            unreadable.add(row.ulid)
+    return found, len(unreadable - found.keys())
+
+
+def _zlib_decompressed(packed: bytes, size: int) -> bytes:
+    return zlib.decompressobj().decompress(packed, size)
+
+
+def _lz4_decompressed(packed: bytes, size: int) -> bytes:
+    if lz4_frame is None:
+        raise ValueError("lz4 is not installed any more")
+    return lz4_frame.LZ4FrameDecompressor().decompress(packed, size)
+
+
+_COMPRESS: Final[dict[str, Callable[[bytes], bytes]]] = {
+    "zlib": functools.partial(zlib.compress, level=1),
+    **({} if lz4_frame is None else {"lz4": lz4_frame.compress}),
+}
+# how a payload was made -> its JSON, of so many bytes and no more
+_DECOMPRESS: Final[dict[str, Callable[[bytes, int], bytes]]] = {
+    "zlib": _zlib_decompressed,
+    "lz4": _lz4_decompressed,
+}
+
+
+# SQL
+
+
+@contextlib.contextmanager
+def _storage_errors() -> Iterator[None]:
+    """Whatever a database says, as a StorageError with its kind; never with what was in the statement."""
+    try:
+        yield
+    except (SQLAlchemyError, sqlite3.Error, OSError, ValueError) as exc:
+        origin = getattr(exc, "orig", None) or exc
+        raise StorageError(f"{type(origin).__name__}: {_cut_text(str(origin), 200)}") from None
+
+
+def _table_prefix(pipe_id: str) -> str:
+    """`pipe_<id>` with nothing in it that a name of a table may not have; different for different ids."""
+    plain = re.sub(r"[^a-z0-9_]", "_", pipe_id)[:40]
+    if plain == pipe_id:
+        return f"pipe_{plain}"
+    return f"pipe_{plain[:31]}_{hashlib.sha256(pipe_id.encode()).hexdigest()[:8]}"
+
+
+def _column(name: str) -> sa.Column[Any]:
+    kind, default = _COLUMN_TYPES.get(name, (sa.String, "''"))
+    is_key = name in ("ulid", "chat_id")
+    return sa.Column(name, kind, primary_key=is_key, nullable=False, server_default=sa.text(default))
+
+
+class ArtifactTable:
+    """SQL for the artifacts of one pipe. Every method raises a StorageError where the database fails."""
+
+    def __init__(self, database: Database, pipe_id: str) -> None:
+        self._engine = database.engine
+        metadata = sa.MetaData(schema=database.schema)
+        prefix = _table_prefix(pipe_id)
+        columns = [_column(name) for name in ArtifactRow._fields]
+        self.table = sa.Table(f"{prefix}_artifacts", metadata, *columns)
+        for name in ("chat_id", "last_used_at"):  # ulid and chat_id together are the primary key
+            sa.Index(f"ix_{prefix}_{name}", self.table.c[name])
+        self._versions = sa.Table(
+            f"{prefix}_versions",
+            metadata,
+            sa.Column("name", sa.String(64), primary_key=True),
+            sa.Column("version", sa.Integer, nullable=False),
+        )
+        make = _INSERTS.get(self._engine.dialect.name)
+        self._insert = make(self.table).on_conflict_do_nothing() if make else sa.insert(self.table)
+        self._name = self._engine.dialect.identifier_preparer.format_table(self.table)
+
+    async def create(self) -> None:
+        """Make what is not there and bring an older table forward; safe in several workers at once."""
+        with _storage_errors():
+            async with self._engine.begin() as connection:
+                for table in (self._versions, self.table):
+                    await connection.execute(CreateTable(table, if_not_exists=True))
+                await connection.run_sync(self._migrate)
+                for index in self.table.indexes:
+                    await connection.execute(CreateIndex(index, if_not_exists=True))
+
+    def _migrate(self, connection: sa.Connection) -> None:
+        """Add the columns that an older version did not have. What a newer one has is left as it is."""
+        of_ours = self._versions.c.name == "artifacts"
+        version = connection.scalar(sa.select(self._versions.c.version).where(of_ours))
+        if version is not None and version >= _ARTIFACTS_VERSION:
+            return
+        there = sa.inspect(connection).get_columns(self.table.name, schema=self.table.schema)
+        known = {column["name"] for column in there}
+        for column in self.table.columns:
+            if column.name not in known:
+                definition = CreateColumn(column).compile(dialect=connection.dialect)
+                connection.execute(sa.DDL(f"ALTER TABLE {self._name} ADD COLUMN {definition}"))
+        connection.execute(sa.delete(self._versions).where(of_ours))
+        connection.execute(sa.insert(self._versions), {"name": "artifacts", "version": _ARTIFACTS_VERSION})
+
+    async def insert(self, rows: Sequence[ArtifactRow]) -> None:
+        """Add rows, all or none; what is there already stays as it is."""
+        with _storage_errors():
+            async with self._engine.begin() as connection:
+                driver = await _sqlite_driver(connection)
+                if driver is None:
+                    await connection.execute(self._insert, [row._asdict() for row in rows])
+                else:
+                    values = f"({_COLUMN_NAMES}) VALUES ({_COLUMN_MARKS}) ON CONFLICT DO NOTHING"
+                    await driver.executemany(f"INSERT INTO {self._name} {values}", rows)
+
+    async def select(
+        self, ulids: Sequence[str], user_id: str, chat_id: str | None = None
+    ) -> list[ArtifactRow]:
+        """The rows of this person with these ULIDs, of one chat or of any."""
+        wanted = {"user_id": user_id} | ({} if chat_id is None else {"chat_id": chat_id})
+        with _storage_errors():
+            async with self._engine.connect() as connection:
+                driver = await _sqlite_driver(connection)
+                if driver is None:
+                    conditions = [self.table.c[name] == value for name, value in wanted.items()]
+                    statement = sa.select(self.table).where(self.table.c.ulid.in_(ulids), *conditions)
+                    rows = (await connection.execute(statement)).all()
+                else:
+                    marks = ", ".join("?" * len(ulids))
+                    conditions = "".join(f" AND {name} = ?" for name in wanted)
+                    rows = await driver.execute_fetchall(
+                        f"SELECT {_COLUMN_NAMES} FROM {self._name} WHERE ulid IN ({marks}){conditions}",
+                        (*ulids, *wanted.values()),
+                    )
+        return [ArtifactRow(*row) for row in rows]
+
+    async def touch(self, ulids: Sequence[str], chat_id: str, now: float) -> None:
+        """Note that these rows of a chat have been used."""
+        table = self.table
+        statement = sa.update(table).where(table.c.ulid.in_(ulids), table.c.chat_id == chat_id)
+        await self._change(statement.values(last_used_at=now))
+
+    async def delete_unused(self, since: float, most: int) -> int:
+        """Delete some of the rows that nobody has used since then; returns how many."""
+        return await self._delete(self.table.c.last_used_at < since, most)
+
+    async def delete_chats(self, chat_ids: Sequence[str], before: float, most: int) -> int:
+        """Delete some of the rows of these chats that were made before then; returns how many."""
+        table = self.table
+        return await self._delete(sa.and_(table.c.chat_id.in_(chat_ids), table.c.created_at < before), most)
+
+    async def chats(self, after: str, most: int) -> list[str]:
+        """The ids of chats that rows are of, in order, from behind `after` on."""
+        column = self.table.c.chat_id
+        statement = sa.select(column).where(column > after).distinct().order_by(column).limit(most)
+        return [row[0] for row in await self._read(statement)]
+
+    async def rows(self, after: tuple[str, str], most: int) -> list[ArtifactRow]:
+        """Rows in the order of (ULID, chat), from behind `after` on."""
+        table = self.table
+        key = sa.tuple_(table.c.ulid, table.c.chat_id)
+        statement = sa.select(table).where(key > sa.tuple_(*map(sa.literal, after))).limit(most)
+        found = await self._read(statement.order_by(table.c.ulid, table.c.chat_id))
+        return [ArtifactRow(*row) for row in found]
+
+    async def _delete(self, condition: sa.ColumnElement[bool], most: int) -> int:
+        some = sa.select(self.table.c.ulid).where(condition).limit(most)
+        return await self._change(sa.delete(self.table).where(self.table.c.ulid.in_(some), condition))
+
+    async def _change(self, statement: sa.Executable) -> int:
+        with _storage_errors():
+            async with self._engine.begin() as connection:
+                return cast("sa.CursorResult[Any]", await connection.execute(statement)).rowcount
+
+    async def _read(self, statement: sa.Executable) -> Sequence[Any]:
+        with _storage_errors():
+            async with self._engine.connect() as connection:
+                return (await connection.execute(statement)).all()
+
+
+async def _sqlite_driver(connection: AsyncConnection) -> Any:
+    """What sends one statement to SQLite's thread at once; SQLAlchemy goes there and back for each step."""
+    if connection.dialect.driver != "aiosqlite":
+        return None
+    return (await connection.get_raw_connection()).driver_connection
+
+
+_ARTIFACTS_VERSION: Final = 1
+_COLUMN_NAMES: Final = ", ".join(ArtifactRow._fields)
+_COLUMN_MARKS: Final = ", ".join("?" * len(ArtifactRow._fields))
+# column -> (its type, what it holds in rows that were made before it was there); the others hold text
+_COLUMN_TYPES: Final[dict[str, tuple[type[sa.types.TypeEngine[Any]], str]]] = {
+    "payload": (sa.LargeBinary, "''"),
+    "raw_bytes": (sa.Integer, "0"),
+    "created_at": (sa.Double, "0"),
+    "last_used_at": (sa.Double, "0"),
+}
+_INSERTS: Final[dict[str, Callable[[sa.Table], Any]]] = {
+    "sqlite": sqlite.insert,
+    "postgresql": postgresql.insert,
+}
+
+
+# Redis
+
+
+class RedisWriteBehind:
+    """Rows on their way to the database: in a list and, for readers, in a cache of Redis.
+
+    One worker at a time moves them to `sink`. A row leaves the list only after it is in the database, and
+    whoever wrote it keeps it until then, so that it is lost only if Redis and that process both die before.
+    """
+
+    def __init__(
+        self,
+        client: Any,
+        prefix: str,  # of the keys; of a cluster all of them must have one server: {…}
+        sink: Callable[[Sequence[ArtifactRow]], Awaitable[None]],
+        clock: Callable[[], float],
+    ) -> None:
+        self._client = client
+        self._prefix = prefix
+        self._sink = sink
+        self._clock = clock
+        self._unconfirmed: dict[tuple[str, str], tuple[ArtifactRow, float]] = {}
+        self._is_up = True
+        self._has_warned = False
+        self._ttl_s, self._batch, self._warn_at = 600, 10, 100
+
+    def configure(self, settings: ArtifactSettings) -> None:
+        """Take other limits."""
+        self._ttl_s, self._batch = settings.redis_ttl_s, settings.batch
+        self._warn_at = settings.redis_warn_at
+
+    async def enqueue(self, rows: Sequence[ArtifactRow]) -> bool:
+        """Whether Redis has the rows now; if not, they belong into the database."""
+        if not self._is_up:
+            return False
+        try:
+            await self._redis_enqueue_rows(rows)
+        except _REDIS_ERRORS as exc:
+            await self._go_down(exc)
+            return False
+        for row in rows:
+            self._unconfirmed[row.ulid, row.chat_id] = (row, self._clock())
+        return True
+
+    async def _redis_enqueue_rows(self, rows: Sequence[ArtifactRow]) -> None:
+        async with asyncio.timeout(_REDIS_S), self._client.pipeline(transaction=True) as commands:
+            for row in rows:
+                content = _row_bytes(row)
+                commands.rpush(self._key("pending"), content)
+                commands.set(self._cache_key(row.user_id, row.ulid), content, ex=self._ttl_s)
+            commands.publish(self._key("news"), b"")
+            await commands.execute()
+
+    async def get(self, ulids: Sequence[str], user_id: str) -> list[ArtifactRow]:
+        """The rows of this person that the cache has."""
+        if not self._is_up:
+            return []
+        try:
+            async with asyncio.timeout(_REDIS_S):
+                found = await self._client.mget([self._cache_key(user_id, ulid) for ulid in ulids])
+        except _REDIS_ERRORS as exc:
+            await self._go_down(exc)
+            return []
+        rows = [row for content in found if content and (row := _row_of(content))]
+        return [row for row in rows if row.user_id == user_id and row.ulid in ulids]
+
+    async def pending(self, ulids: Container[str], user_id: str) -> list[ArtifactRow]:
+        """The rows of this person that are not in the database yet."""
+        if not self._is_up:
+            return []
+        try:
+            async with asyncio.timeout(_REDIS_S):
+                waiting = await self._client.lrange(self._key("pending"), 0, _MOST_PENDING)
+        except _REDIS_ERRORS as exc:
+            await self._go_down(exc)
+            return []
+        rows = filter(None, map(_row_of, waiting))
+        return [row for row in rows if row.user_id == user_id and row.ulid in ulids]
+
+    async def run(self) -> None:
+        """Move rows as they come; for ever, through every outage of Redis."""
+        while True:
+            try:
+                await self._follow()
+            except _REDIS_ERRORS as exc:
+                await self._go_down(exc)
+            await asyncio.sleep(_REDIS_RETRY_S)
+
+    async def _follow(self) -> None:
+        async with self._client.pubsub() as channel:
+            async with asyncio.timeout(_REDIS_S):
+                await channel.subscribe(self._key("news"))
+            if not self._is_up:
+                LOGGER.info("Redis is back")
+                self._is_up = True
+            while True:
+                await self.flush()
+                await self._rescue(older_than_s=_UNCONFIRMED_S)
+                message = await channel.get_message(ignore_subscribe_messages=True, timeout=_FLUSH_S)
+                if message is not None:
+                    self._confirm(bytes(message["data"]))
+
+    async def flush(self) -> int:
+        """Move what waits to the database, unless another worker does; returns the number of rows."""
+        lock = self._client.lock(self._key("lock"), timeout=_FLUSH_LOCK_S)
+        async with asyncio.timeout(_REDIS_S):
+            if not await lock.acquire(blocking=False):
+                return 0
+            self._warn_of(await self._client.llen(self._key("pending")))
+        moved = 0
+        try:
+            while count := await self._move_batch():
+                moved += count
+        except StorageError as exc:
+            LOGGER.info("rows wait in Redis: %s", exc)
+        finally:
+            with contextlib.suppress(*_REDIS_ERRORS):  # it has run out: somebody else may have it
+                async with asyncio.timeout(_REDIS_S):
+                    await lock.release()
+        return moved
+
+    async def _move_batch(self) -> int:
+        async with asyncio.timeout(_REDIS_S):
+            contents = await self._client.lrange(self._key("pending"), 0, self._batch - 1)
+        rows = list(filter(None, map(_row_of, contents)))
+        if rows:
+            await self._sink(rows)
+        if len(rows) < len(contents):
+            LOGGER.warning("%d entries in Redis are no rows; they are removed", len(contents) - len(rows))
+        async with asyncio.timeout(_REDIS_S), self._client.pipeline(transaction=True) as commands:
+            for content in contents:
+                # By value, not by number: had the lock run out, another worker's rows would be at its place.
+                commands.lrem(self._key("pending"), 1, content)
+            if rows:
+                news = _json_dumps([[row.ulid, row.chat_id] for row in rows])
+                commands.publish(self._key("news"), news)
+                self._confirm(news)
+            await commands.execute()
+        return len(contents)
+
+    def _confirm(self, news: bytes) -> None:
+        """These rows are in the database."""
+        with contextlib.suppress(ValueError, TypeError):
+            for ulid, chat_id in _json_loads(news) if news else ():
+                self._unconfirmed.pop((ulid, chat_id), None)
+
+    async def _rescue(self, older_than_s: float = -math.inf) -> None:
+        """Write rows to the database that nobody has said are there; twice does no harm."""
+        before = self._clock() - older_than_s
+        rows = [row for row, since in self._unconfirmed.values() if since < before]
+        if rows:
+            with contextlib.suppress(StorageError):
+                await self._sink(rows)
+                for row in rows:
+                    self._unconfirmed.pop((row.ulid, row.chat_id), None)
+
+    async def _go_down(self, exc: BaseException) -> None:
+        if self._is_up:
+            LOGGER.warning("Redis does not answer (%s); rows go to the database at once", type(exc).__name__)
+        self._is_up = False
+        await self._rescue()
+
+    def _warn_of(self, waiting: int) -> None:
+        if waiting > self._warn_at and not self._has_warned:
+            LOGGER.warning("%d rows wait in Redis for the database", waiting)
+        self._has_warned = waiting > self._warn_at
+
+    async def aclose(self) -> None:
+        """Move what waits, in the time there is."""
+        with contextlib.suppress(*_REDIS_ERRORS):
+            await self.flush()
+        await self._rescue()
+
+    def _key(self, name: str) -> str:
+        return f"{self._prefix}:{name}"
+
+    def _cache_key(self, user_id: str, ulid: str) -> str:
+        return self._key(f"{user_id}:{ulid}")
+
+
+def _row_bytes(row: ArtifactRow) -> bytes:
+    """A row as Redis keeps it: a line of JSON, then the payload."""
+    return _json_dumps([*row[:9], *row[10:]]) + b"\n" + row.payload
+
+
+def _row_of(content: bytes) -> ArtifactRow | None:
+    """What `_row_bytes` was given; None for anything else."""
+    head, _, payload = content.partition(b"\n")
+    try:
+        values = _json_loads(head)
+        return ArtifactRow._make([*values[:9], payload, *values[9:]])
+    except (ValueError, TypeError):
+        return None
+
+
+_REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
+_REDIS_S: Final = 1.0  # what Redis may take for an answer
+_REDIS_RETRY_S: Final = 1.0
+_FLUSH_S: Final = 1.0  # the longest that a row waits when nobody is told of it
+_FLUSH_LOCK_S: Final = 10.0
+_UNCONFIRMED_S: Final = 20.0
+_MOST_PENDING: Final = 10_000
+
+
+# The store
+
+
+class _RecentArtifacts:
+    """The JSON of artifacts that were used a short while ago, bounded in bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most_bytes = most_bytes
+        self._size = 0
+        self._kept: OrderedDict[tuple[str, str, str], tuple[bytes, float]] = OrderedDict()
+
+    def put(self, key: tuple[str, str, str], raw: bytes, now: float) -> None:
+        """Keep something; what was not used for longest goes for it."""
+        old, _ = self._kept.pop(key, (b"", 0.0))
+        self._size += len(raw) - len(old)
+        self._kept[key] = (raw, now)
+        while self._size > self._most_bytes:
+            _, (dropped, _) = self._kept.popitem(last=False)
+            self._size -= len(dropped)
+
+    def get(self, key: tuple[str, str, str], now: float) -> bytes | None:
+        """What was kept; None too after so long that the row should be marked as used again."""
+        raw, since = self._kept.get(key, (None, 0.0))
+        if raw is None or now - since > _RECENT_S:
+            return None
+        self._kept.move_to_end(key)
+        return raw
+
+
+class ArtifactStore:
+    """Keeps artifacts and gives them back to the person whose they are.
+
+    `clock` gives seconds that only grow, `now` the time of day in seconds.
+    """
+
+    def __init__(
+        self,
+        host: OpenWebUIHost,
+        pipe_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._host = host
+        self._pipe_id = pipe_id
+        self._clock = clock
+        self._now = now
+        self._settings: ArtifactSettings | None = None
+        self._table: ArtifactTable | None = None  # None: not open
+        self._buffer: RedisWriteBehind | None = None
+        self._recent = _RecentArtifacts(_RECENT_BYTES)
+        self._opening: asyncio.Task[None] | None = None
+        self._open_again_at = -math.inf
+        self._is_down = False  # and the log has it
+        self._has_unreadable = False  # and the log has it
+        self._waiting: deque[tuple[Sequence[ArtifactRow], asyncio.Future[None]]] = deque()
+        self._writing: asyncio.Task[None] | None = None
+        self._services: dict[str, asyncio.Task[None]] = {}
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._closed = False
+
+    def open(self, settings: ArtifactSettings) -> None:
+        """Keep things as `settings` say from now on; the table is opened in the background."""
+        self._settings = settings
+        if self._closed:
+            return
+        if self._table is None and self._opening is None and self._clock() >= self._open_again_at:
+            self._opening = self._in_background(self._ensure_db_initialized())
+        if self._buffer is not None:
+            self._buffer.configure(settings)
+        self._start_services()
+
+    async def _ensure_db_initialized(self) -> None:
+        self._open_again_at = self._clock() + _OPEN_AGAIN_S
+        try:
+            database = self._host.database()
+            if database is None:
+                return
+            table = ArtifactTable(database, self._pipe_id)
+            async for attempt in AsyncRetrying(
+                retry=retry_if_exception_type(StorageError),
+                stop=stop_after_attempt(_OPEN_TRIES),
+                wait=wait_random_exponential(multiplier=0.1, max=3),
+                reraise=True,
+            ):
+                with attempt:
+                    await table.create()
+        except (StorageError, ImportError) as exc:
+            self._note_outage(exc)
+        else:
+            self._table = table
+            self._note_success()
+            self._start_services()
+        finally:
+            self._opening = None
+
+    def _start_services(self) -> None:
+        settings = self._settings
+        if self._table is None or settings is None or self._closed:
+            return
+        if "cleanup" not in self._services:
+            self._services["cleanup"] = self._in_background(self._artifact_cleanup_worker())
+        if settings.uses_redis and "redis" not in self._services:
+            self._services["redis"] = self._in_background(self._run_redis(settings))
+
+    async def _run_redis(self, settings: ArtifactSettings) -> None:
+        found = self._host.redis()
+        if found is not None:
+            client, prefix = found
+            prefix = f"{prefix}:{{{_table_prefix(self._pipe_id)}}}"
+            self._buffer = RedisWriteBehind(client, prefix, self._write, self._clock)
+            self._buffer.configure(settings)
+            await self._buffer.run()
+
+    async def save(self, payloads: Sequence[ArtifactPayload]) -> list[str]:
+        """Keep payloads; returns their ULIDs when a store has them.
+
+        Raises:
+            StorageError: none has, within a few seconds; the caller has to keep them in another way.
+        """
+        settings = self._settings
+        if settings is None or self._closed:
+            raise StorageError("The store is not open")
+        raws = [_json_dumps(payload.data) for payload in payloads]
+        if max(map(len, raws), default=0) > _MAX_ARTIFACT_BYTES:
+            raise StorageError(f"This is larger than {_megabytes(_MAX_ARTIFACT_BYTES)}")
+        now = self._now()
+        ulids = [_new_ulid(now) for _ in payloads]
+
+        def pack() -> list[ArtifactRow]:
+            given = zip(payloads, raws, ulids, strict=True)
+            return [_packed(payload, raw, ulid, settings, now) for payload, raw, ulid in given]
+
+        rows = await _in_thread(pack, sum(map(len, raws)))
+        await self._within(_SAVE_S, self._persist_artifacts(rows))
+        for payload, raw, ulid in zip(payloads, raws, ulids, strict=True):
+            self._recent.put((payload.user_id, payload.chat_id, ulid), raw, self._clock())
+        return ulids
+
+    async def _persist_artifacts(self, rows: Sequence[ArtifactRow]) -> None:
+        buffer = self._buffer
+        if buffer is None or not (await self._redis_takes(buffer, rows)):
+            await self._write(rows)
+
+    async def _redis_takes(self, buffer: RedisWriteBehind, rows: Sequence[ArtifactRow]) -> bool:
+        return bool(self._settings and self._settings.uses_redis) and await buffer.enqueue(rows)
+
+    async def _write(self, rows: Sequence[ArtifactRow]) -> None:
+        """Have rows written, with those of other chats that wait at the same time."""
+        await self._opened()
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._waiting.append((rows, written))
+        if self._writing is None:
+            self._writing = self._in_background(self._write_waiting())
+        await written
+
+    async def _write_waiting(self) -> None:
+        try:
+            while self._waiting:
+                batch = [self._waiting.popleft()]
+                size = len(batch[0][0])
+                most = self._settings.batch if self._settings else 1
+                while self._waiting and size + len(self._waiting[0][0]) <= most:
+                    batch.append(self._waiting.popleft())
+                    size += len(batch[-1][0])
+                await self._write_batch(batch)
+        finally:
+            self._writing = None
+
+    async def _write_batch(self, batch: Sequence[tuple[Sequence[ArtifactRow], asyncio.Future[None]]]) -> None:
+        """One statement for all; if that fails, one for each: a bad row must not take others with it."""
+        table = self._table
+        try:
+            if table is None:
+                raise StorageError("The database is not there")
+            await table.insert([row for rows, _ in batch for row in rows])
+        except StorageError as exc:
+            if len(batch) > 1:
+                for one in batch:
+                    await self._write_batch([one])
+                return
+            self._fail(exc)
+            for _, written in batch:
+                if not written.done():
+                    written.set_exception(exc)
+        else:
+            self._note_success()
+            for _, written in batch:
+                if not written.done():
+                    written.set_result(None)
+
+    async def load(self, ulids: Sequence[str], user_id: str, chat_id: str) -> LoadedArtifacts:
+        """What there is of these artifacts of this person; whatever fails, the rest is given back."""
+        clock = self._clock()
+        found: dict[str, bytes] = {}
+        for ulid in ulids:
+            raw = self._recent.get((user_id, chat_id, ulid), clock)
+            if raw is not None:
+                found[ulid] = raw
+        missing = [ulid for ulid in dict.fromkeys(ulids) if ulid not in found][:_MOST_LOADED]
+        settings = self._settings
+        unreadable = 0
+        if missing and settings is not None:
+            try:
+                rows = await self._within(_LOAD_S, self._rows(missing, user_id, chat_id))
+            except StorageError as exc:
+                self._fail(exc)
+                rows, unreadable = [], len(missing)
+            size = sum(len(row.payload) for row in rows)
+            read, damaged = await _in_thread(lambda: _readable(rows, settings.cipher), size)
+            self._note_unreadable(damaged, rows)
+            unreadable += damaged
+            for ulid, raw in read.items():
+                self._recent.put((user_id, chat_id, ulid), raw, clock)
+            found |= read
+        decoded: JSONObject = {}
+        for ulid, raw in found.items():
+            with contextlib.suppress(ValueError):
+                decoded[ulid] = _json_loads(raw)
+        return LoadedArtifacts(decoded, unreadable)
+
+    async def _rows(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        """Rows from wherever they are; those of other chats get a copy for this one."""
+        table = await self._opened()
+        missing = set(ulids)
+        rows: list[ArtifactRow] = []
+
+        def take(more: Iterable[ArtifactRow]) -> None:
+            news = {row.ulid: row for row in more if row.ulid in missing}
+            missing.difference_update(news)
+            rows.extend(news.values())
+
+        if self._buffer is not None:
+            take(await self._buffer.get(ulids, user_id))
+        if missing:
+            take(await table.select(list(missing), user_id, chat_id))
+        if missing:
+            take(await table.select(list(missing), user_id))
+        if missing and self._buffer is not None:
+            take(await self._buffer.pending(missing, user_id))
+        self._touch(rows, chat_id)
+        if foreign := [row for row in rows if row.chat_id != chat_id]:
+            now = self._now()
+            copies = [row._replace(chat_id=chat_id, created_at=now, last_used_at=now) for row in foreign]
+            self._in_background(_quietly(self._write(copies)))
+        return rows
+
+    def _touch(self, rows: Iterable[ArtifactRow], chat_id: str) -> None:
+        """Note that rows are in use, once a day at most."""
+        now = self._now()
+        old = [row.ulid for row in rows if row.chat_id == chat_id and row.last_used_at < now - _TOUCH_S]
+        if old and self._table is not None:
+            self._in_background(_quietly(self._table.touch(old, chat_id, now)))
+
+    async def prune(self) -> int:
+        """Delete what nobody has used for long and what is of deleted chats; returns the number of rows.
+
+        In small batches with pauses, so that no chat waits for it.
+
+        Raises:
+            StorageError: the database fails.
+        """
+        settings, table = self._settings, self._table
+        if settings is None or table is None:
+            return 0
+        deleted = 0
+        if settings.keep_s:
+            since = self._now() - settings.keep_s
+            deleted += await _in_batches(lambda: table.delete_unused(since, _PRUNE_BATCH))
+        last = ""
+        while chats := await table.chats(last, _MOST_CHATS):
+            last = chats[-1]
+            gone = await self._host.deleted_chats(chats)
+            before = self._now() - _FRESH_S  # the row of a chat may come after its first answer
+            if gone:
+                deleted += await _in_batches(
+                    functools.partial(table.delete_chats, gone, before, _PRUNE_BATCH)
+                )
+        return deleted
+
+    async def _artifact_cleanup_worker(self) -> None:
+        """`prune` from time to time, in one worker of this machine."""
+        while True:
+            every_s = self._settings.cleanup_s if self._settings else 3600.0
+            await asyncio.sleep(every_s * random.uniform(0.5, 1.0))
+            if not await self._host.is_active(self._pipe_id):
+                continue
+            with self._host.only_one(f"artifacts-{self._pipe_id}") as mine, contextlib.suppress(StorageError):
+                if mine and (deleted := await self.prune()):
+                    LOGGER.info("%d artifacts that nobody needs any more were deleted", deleted)
+
+    async def aclose(self) -> None:
+        """Write what waits, then end everything. Idempotent."""
+        self._closed = True
+        for task in self._services.values():
+            task.cancel()
+        self._services.clear()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLEANUP_S):
+                if self._buffer is not None:
+                    await self._buffer.aclose()
+                if self._writing is not None:
+                    await asyncio.wait((self._writing,))
+        left = [task for task in self._tasks if task is not asyncio.current_task()]
+        for task in left:
+            task.cancel()
+        if left:
+            await asyncio.wait(left, timeout=_CLEANUP_S)
+
+    async def _opened(self) -> ArtifactTable:
+        """The table, as soon as it is open.
+
+        Raises:
+            StorageError: it is not.
+        """
+        opening = self._opening
+        if self._table is None and opening is not None and not self._is_down:
+            await asyncio.wait((opening,), timeout=_OPEN_S)
+        if self._table is None:
+            raise StorageError("The database is not open")
+        return self._table
+
+    def _fail(self, exc: StorageError) -> None:
+        """Look at the database anew with the next request: it may have been another one's fault, or gone."""
+        self._table = None
+        self._open_again_at = -math.inf
+        self._note_outage(exc)
+
+    def _note_outage(self, exc: Exception) -> None:
+        if not self._is_down:
+            LOGGER.warning("Artifacts cannot be kept in the database for now: %s", exc)
+        self._is_down = True
+
+    def _note_success(self) -> None:
+        if self._is_down:
+            LOGGER.info("Artifacts are kept in the database again")
+        self._is_down = False
+
+    def _note_unreadable(self, count: int, rows: Sequence[ArtifactRow]) -> None:
+        if count and not self._has_unreadable:
+            self._has_unreadable = True
+            key_ids = sorted({row.key_id for row in rows if row.key_id})
+            LOGGER.warning(
+                "Some artifacts cannot be read: another key has sealed them, or they are damaged "
+                "(ids of keys: %s). Chats go on without them; this is said only once.",
+                ", ".join(key_ids) or "none",
+            )
+
+    async def _within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+        """The result of `work`, which goes on by itself where it takes longer: half a statement helps nobody.
+
+        Raises:
+            StorageError: it has failed, or takes longer.
+        """
+        task = self._in_background(work)
+        await asyncio.wait((task,), timeout=seconds)
+        if not task.done():
+            raise StorageError(f"The database takes longer than {seconds:g} s")
+        return task.result()
+
+    def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        task = asyncio.get_running_loop().create_task(work, name=f"artifacts of {self._pipe_id}")
+        self._tasks.add(task)
+        task.add_done_callback(self._note_end)
+        return task
+
+    def _note_end(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        error = None if task.cancelled() else task.exception()
+        if error is not None and not isinstance(error, StorageError):  # those are said where they matter
+            LOGGER.error("%s: unexpected error", task.get_name(), exc_info=error)
+
+
+async def _in_thread(work: Callable[[], T], size: int) -> T:
+    """Do more than a little work, of so many bytes, elsewhere: the tokens of other chats wait for it."""
+    return await asyncio.to_thread(work) if size > _THREAD_BYTES else work()
+
+
+async def _quietly(work: Awaitable[Any]) -> None:
+    with contextlib.suppress(StorageError):
+        await work
+
+
+async def _in_batches(delete: Callable[[], Awaitable[int]]) -> int:
+    """Delete until nothing is left, resting as long as each batch took."""
+    deleted = 0
+    while True:
+        started = time.monotonic()
+        count = await delete()
+        if count <= 0:
+            return deleted
+        deleted += count
+        await asyncio.sleep(time.monotonic() - started)
+
+
+_RECENT_BYTES: Final = 16 * 1024 * 1024
+_RECENT_S: Final = 6 * 3600.0
+_TOUCH_S: Final = 86_400.0
+_THREAD_BYTES: Final = 4 * 1024
+_SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
+_LOAD_S: Final = 3.0
+_OPEN_S: Final = 2.0
+_OPEN_TRIES: Final = 6
+_OPEN_AGAIN_S: Final = 10.0
+_MOST_LOADED: Final = 5_000  # of one history, the latest of it first
+_PRUNE_BATCH: Final = 200
+_MOST_CHATS: Final = 200
+_FRESH_S: Final = 3600.0
 
 
 # ── 16. Ledger & metrics ─────────────────────────────────────────────────────
@@ -9567,14 +10724,130 @@ def _retry_words(error: BaseException | None) -> str:
 
 
 # ── 20. Media makers ─────────────────────────────────────────────────────────
-# (empty)
-# Will hold: generated pictures and videos, kept as files of the host.
+# Generated pictures, kept as files of the host.
+# Promise: no picture in base64 comes into a saved chat; one that cannot be kept is said.
+# Doc: docs/multimodal_ingestion_pipeline.md   Tests: tests/test_media_makers.py
+
+
+class ImageResults:
+    """Pictures of models, kept with the person who asked and linked to the chat."""
+
+    def __init__(self, host: OpenWebUIHost, media: MediaIntake) -> None:
+        self._host = host
+        self._media = media
+
+    async def keep(
+        self, made: MediaProduced, request: ChatRequest, settings: RequestSettings
+    ) -> list[Emission]:
+        """The picture as a text of the answer that shows it, or a sentence.
+
+        Where nothing is saved (temporary chats, programs) it is in the text itself.
+        """
+        if request.is_task:
+            return []
+        try:
+            url, content = await self._content(made.source, request, settings)
+            blob = await _in_thread(lambda: _blob_of(content, "picture"), len(content))
+            if not blob.mime.startswith("image/"):
+                raise InputError("It is not a picture")
+            if _is_kept_chat(request.chat_id) and request.user_id:
+                file_id = str(uuid.uuid4())
+                named = blob._replace(name="picture" + (mimetypes.guess_extension(blob.mime) or ""))
+                if not await self._host.save_file(file_id, named, content, request):
+                    raise InputError("Open WebUI could not save it")
+                url = _host_file_address(file_id)
+        except InputError as exc:
+            return [Notice(f"The model made a picture that cannot be shown. {exc}.")]
+        text = f"![Picture]({url})"
+        said = {"type": "message", "content": [{"type": "output_text", "text": text}]}
+        return [TextDelta(made.item, text), ItemClosed(made.item, "message", said)]
+
+    async def _content(
+        self, source: str, request: ChatRequest, settings: RequestSettings
+    ) -> tuple[str, bytes]:
+        """(a data URL, the bytes) of what a provider has sent: one, bare base64, or an address."""
+        if source.startswith(("http://", "https://")):
+            ref = MediaRef("image", source)
+            # Its own copy is kept, under an id of its own.
+            blob = (await self._media.resolve([ref], request, settings._replace(keeps_media=False)))[ref]
+            if blob.reason:
+                raise InputError(blob.reason)
+            source = blob.url
+        head, _, data = source.rpartition(",")
+        _validate_base64_size(data, settings.most_bytes)
+        content = await _in_thread(lambda: base64.b64decode(data), len(data))
+        return (source if head else f"data:{_sniffed(content)};base64,{data}"), content
 
 
 # ── 21. Turn loop ────────────────────────────────────────────────────────────
 # One chat request from start to end.
 # Promise: it ends in an answer or in one error said in words; nothing else is raised but a cancellation.
 # Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_turn_loop.py
+
+
+class TurnMemory:
+    """What a model gets back of its own in later turns: stored, or else sealed with the chat's messages."""
+
+    def __init__(self, store: ArtifactStore, env: HostEnvironment, pipe_id: str) -> None:
+        self._store = store
+        self._env = env
+        self._pipe_id = pipe_id
+        self._told: OrderedDict[str, None] = OrderedDict()  # chats whose people know of what is lost
+
+    def open(self, valves: Valves) -> ArtifactSettings:
+        """How things are kept with these valves; the store is opened, which nobody has to wait for."""
+        settings = _artifact_settings(valves, self._env, self._pipe_id)
+        if settings.is_on:
+            self._store.open(settings)
+        return settings
+
+    async def recall(
+        self, plan: IntakePlan, request: ChatRequest, valves: Valves
+    ) -> tuple[Intake, list[Notice]]:
+        """The records of a history, and what the person has to know of those that are lost."""
+        settings = self.open(valves)
+        cipher = settings.cipher
+        records: dict[str, TurnEntries] = {}
+        for sealed in plan.sealed if cipher.can_seal else ():
+            with contextlib.suppress(StorageError, ValueError):
+                records[sealed] = _objects(_json_loads(cipher.open(sealed, request.user_id)))
+        if lost := len(plan.sealed) - len(records):
+            LOGGER.info("%d of %d kept pieces of reasoning can not be read", lost, len(plan.sealed))
+        notices: list[Notice] = []
+        if plan.turns and settings.is_on:
+            loaded = await self._store.load(plan.turns, request.user_id, request.chat_id)
+            records |= {ulid: _objects(entries) for ulid, entries in loaded.found.items()}
+            if loaded.unreadable and request.chat_id not in self._told:
+                _drop_oldest(self._told, _MOST_TOLD)
+                self._told[request.chat_id] = None
+                notices.append(Notice(_NOT_RECALLED))
+        return Intake(records, not cipher.can_seal), notices
+
+    async def carrier(self, record: TurnRecord, job: _PipeJob) -> list[Emission]:
+        """What finds the record again, to ride with an item of it; a sentence where it cannot be kept."""
+        item = record.carrier_item
+        if item is None:
+            return []
+        settings, request = self.open(job.valves), job.request
+        entries = [entry for entry in record.dump() if settings.keeps_tool_results or "tool" not in entry]
+        if not any(map(_hidden_items, entries)):
+            return []
+        detail: JSONObject = {"type": _CARRIER, "v": 1}
+        if settings.is_on and _is_kept_chat(request.chat_id) and request.user_id:
+            ids = request.user_id, request.chat_id, request.message_id
+            payload = ArtifactPayload(entries, "turn", *ids, request.model)
+            with contextlib.suppress(StorageError):
+                ulids = await self._store.save([payload])
+                return [CarrierReady(item, [{**detail, "turn": ulids[0]}])]
+        data = _json_dumps(entries)
+        if settings.cipher.can_seal:
+            detail["sealed"] = settings.cipher.seal(data, request.user_id)
+            size = len(detail["sealed"])
+        else:
+            detail["record"], size = entries, len(data)
+        if size > _MAX_CARRIER_CHARS or len(data) > _MAX_RECORD_BYTES:
+            return [Notice(_NOT_REMEMBERED)]
+        return [CarrierReady(item, [detail])]
 
 
 class Neighbours(NamedTuple):
@@ -9585,7 +10858,9 @@ class Neighbours(NamedTuple):
     engine: StreamingEngine
     host: OpenWebUIHost
     media: MediaIntake
+    pictures: ImageResults
     tools: ToolOrchestrator
+    memory: TurnMemory
 
 
 class TurnLoop:
@@ -9595,13 +10870,12 @@ class TurnLoop:
         self,
         around: Neighbours,
         env: HostEnvironment,
-        cipher: ArtifactCipher,
         clock: Callable[[], float],
     ) -> None:
         self._registry, self._account, self._engine = around.registry, around.account, around.engine
         self._host, self._media, self._tools = around.host, around.media, around.tools
+        self._memory, self._pictures = around.memory, around.pictures
         self._env = env
-        self._cipher = cipher
         self._clock = clock
         self._told: set[str] = set()  # names of parameters that the log has
 
@@ -9681,7 +10955,7 @@ class TurnLoop:
         for number in itertools.count(first):
             if number > rounds and "tools" in payload:
                 payload["tool_choice"] = "none"
-            turn = _Turn(talk, payload, self._carrier, rounds_left=rounds - number)
+            turn = _Turn(talk, payload, self._memory, self._pictures, rounds_left=rounds - number)
             upstream = _upstream_request(payload, talk.body, valves)
             await self._engine.stream(talk.connection, upstream, turn.sink, policy, limits)
             if not turn.mine:
@@ -9696,7 +10970,7 @@ class TurnLoop:
                 return  # the host runs these, and asks again with all results
             pictures = await self._pictures_of(turn.finished or results, talk)
             pictures = pictures[: max(0, talk.settings.most_images - _pictures_sent(payload))]
-            is_kept = talk.keeps and turn.record.first_reasoning is not None
+            is_kept = talk.keeps and turn.record.carrier_item is not None
             said = turn.record.input_items(talk.names, is_kept=is_kept)
             payload = _next_payload(payload, said, results, pictures)
 
@@ -9732,8 +11006,10 @@ class TurnLoop:
             questions = await self._host.questions(request.chat_id, files.question_id)
             body = body._replace(messages=tuple(_with_files(body.messages, blocks, questions)))
         plan = plan_intake(body.messages, spec, settings)
-        keeps = _keeps_reasoning(settings, spec)
-        intake = self._opened(plan.sealed if keeps else (), request.user_id)._replace(shown=plan.shown)
+        intake, notices = Intake(), list[Notice]()
+        if _keeps_reasoning(settings, spec):
+            intake, notices = await self._memory.recall(plan, request, job.valves)
+        intake = intake._replace(shown=plan.shown)
         if plan.media:
             intake = intake._replace(media=await self._fetched(plan.media, settings, job))
         if blocks:
@@ -9741,12 +11017,12 @@ class TurnLoop:
             body = body._replace(messages=tuple(_without_passages(body.messages, files, whole)))
         translated = ResponsesBody.from_completions(body, spec, settings, intake)
         self._log_unsent(job, body, translated)
-        notices = [*translated.notices]
+        texts = [*translated.notices]
         if settings.native_files != "off":
-            notices += _missed_files(files, blocks, "tools" in translated.payload)
+            texts += _missed_files(files, blocks, "tools" in translated.payload)
         if request.chose_tools and "tool" in translated.left_out:
-            notices.append(_TOOLS_LEFT_OUT)
-        await job.emitter.send([Notice(text) for text in notices])
+            texts.append(_TOOLS_LEFT_OUT)
+        await job.emitter.send([*notices, *map(Notice, texts)])
         return translated
 
     async def _fetched(
@@ -9761,33 +11037,6 @@ class TurnLoop:
                 await asyncio.wait((fetching,))
                 await job.emitter.send((StatusUpdate(_FETCHED, done=True),))
         return fetching.result()
-
-    def _opened(self, sealed_texts: Sequence[str], user_id: str) -> Intake:
-        """Open what can be opened; what cannot is another person's, or older than the server's secret."""
-        records: dict[str, TurnEntries] = {}
-        for sealed in sealed_texts if self._cipher.can_seal else ():
-            with contextlib.suppress(StorageError, ValueError):
-                records[sealed] = _objects(_json_loads(self._cipher.open(sealed, user_id)))
-        if lost := len(sealed_texts) - len(records):
-            LOGGER.info("%d of %d kept pieces of reasoning can not be read", lost, len(sealed_texts))
-        return Intake(records, not self._cipher.can_seal)
-
-    def _carrier(self, record: TurnRecord, user_id: str) -> list[Emission]:
-        """The record as it rides with the first reasoning item; a sentence where it is too large for that."""
-        item = record.first_reasoning
-        if item is None:
-            return []
-        entries = record.dump()
-        data = _json_dumps(entries)
-        detail: JSONObject = {"type": _CARRIER, "v": 1}
-        if self._cipher.can_seal:
-            detail["sealed"] = self._cipher.seal(data, user_id)
-            size = len(detail["sealed"])
-        else:
-            detail["record"], size = entries, len(data)
-        if size > _MAX_CARRIER_CHARS or len(data) > _MAX_RECORD_BYTES:
-            return [Notice(_NOT_REMEMBERED)]
-        return [CarrierReady(item, [detail])]
 
     async def _within_rights(self, body: CompletionsBody, job: _PipeJob) -> CompletionsBody:
         """The body with nothing in it that this person may not set.
@@ -9879,7 +11128,8 @@ class _Turn:
         self,
         talk: _Talk,
         payload: JSONObject,
-        carrier: Callable[[TurnRecord, str], list[Emission]],
+        memory: TurnMemory,
+        pictures: ImageResults,
         *,
         rounds_left: int,
     ) -> None:
@@ -9888,7 +11138,8 @@ class _Turn:
         self.mine: list[ToolCall] = []
         self.theirs: list[ToolCall] = []
         self._talk = talk
-        self._carrier = carrier
+        self._memory = memory
+        self._pictures = pictures
         self._rounds_left = rounds_left
         self._send = talk.job.emitter.send
         self._host_names = {tool.name: tool.host_name for tool in talk.tools}
@@ -9899,11 +11150,22 @@ class _Turn:
         """Pass emissions on, with what they need to be understood outside of this call."""
         if len(emissions) == 1 and type(emissions[0]) is TextDelta:  # nearly all there is
             return self._send(emissions)
-        if not _RECORDED.isdisjoint(map(type, emissions)):
-            emissions = [known for emission in emissions if (known := self._noted(emission)) is not None]
-        if emissions and isinstance(emissions[-1], TurnEnded):
-            emissions = [*emissions[:-1], *self._end(emissions[-1])]
-        return self._send(emissions)
+        if _RECORDED.isdisjoint(map(type, emissions)):
+            return self._send(emissions)
+        return self._send_noted(emissions)
+
+    async def _send_noted(self, emissions: Sequence[Emission]) -> None:
+        ready: list[Emission] = []
+        for emission in emissions:
+            if isinstance(emission, MediaProduced):
+                kept = await self._pictures.keep(emission, self._talk.job.request, self._talk.settings)
+            elif isinstance(emission, TurnEnded):
+                await self._send(ready)  # what is written need not wait until all is kept
+                ready, kept = [], await self._end(emission)
+            else:
+                kept = [emission]
+            ready += [known for one in kept if (known := self._noted(one)) is not None]
+        await self._send(ready)
 
     def note_results(self, emissions: Sequence[Emission]) -> Awaitable[None]:
         """Pass on what comes of the calls, in the order in which the host will have it."""
@@ -9923,14 +11185,14 @@ class _Turn:
         self.record.note(emission)
         return emission
 
-    def _end(self, ended: TurnEnded) -> list[Emission]:
+    async def _end(self, ended: TurnEnded) -> list[Emission]:
         request = self._talk.job.request
         calls = self.record.calls if ended.outcome == "completed" else []
         self.mine, self.theirs = _split_calls(calls, self._talk)
         if self._rounds_left == 0 and request.dialect in _DIALECTS_WITH_EVENTS and request.host.tools:
             self.mine, self.theirs = calls, []  # nobody runs them any more
         goes_on = bool(self.mine) and not self.theirs
-        carrier = self._carrier(self.record, request.user_id) if self._talk.keeps else []
+        carrier = await self._memory.carrier(self.record, self._talk.job) if self._talk.keeps else []
         return [*carrier, ended._replace(goes_on=goes_on)]
 
 
@@ -10041,7 +11303,8 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
-_RECORDED: Final = frozenset({ItemClosed, ToolRequested, StatusUpdate})
+_RECORDED: Final = frozenset({ItemClosed, ToolRequested, StatusUpdate, MediaProduced, TurnEnded})
+_NOT_RECALLED: Final = "Some earlier thinking of this chat could not be read: the model goes on without it."
 _NOT_REMEMBERED: Final = (
     "This thinking is too long to be kept: the model will not remember it, only its answer."
 )
@@ -10096,10 +11359,13 @@ class Runtime:
         account = AccountReader(self._client.get_json, clock)
         engine = StreamingEngine(self._client, sleep)
         self._media = MediaIntake(self.host, clock)
-        cipher = ArtifactCipher(env.secret, pipe_id)
+        pictures = ImageResults(self.host, self._media)
         self._tools = ToolOrchestrator(self.host, clock)
-        around = Neighbours(self._registry, account, engine, self.host, self._media, self._tools)
-        self._turns = TurnLoop(around, env, cipher, clock)
+        self._store = ArtifactStore(self.host, pipe_id, clock)
+        memory = TurnMemory(self._store, env, pipe_id)
+        host, media, tools = self.host, self._media, self._tools
+        around = Neighbours(self._registry, account, engine, host, media, pictures, tools, memory)
+        self._turns = TurnLoop(around, env, clock)
         self._jobs: set[_PipeJob] = set()
         self._background: set[asyncio.Task[None]] = set()
 
@@ -10246,6 +11512,7 @@ class Runtime:
         if left:
             await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
         self._tools.aclose()
+        await self._store.aclose()
         await self._media.aclose()
         await self._publisher.aclose()
         await self._registry.aclose()

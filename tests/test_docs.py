@@ -65,13 +65,11 @@ GIVEN_NAMES: Final[dict[int, str]] = {
 # Given names whose work has not come yet. A name leaves this list with its work.
 PENDING: Final = words(
     """
-    _QUEUE_MAXSIZE StatusMessages ArtifactPayload
+    _QUEUE_MAXSIZE StatusMessages
     SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
     SessionLogger.flush_for_citation ServiceEnvironment
-    ArtifactStore RedisWriteBehind
-    _ensure_db_initialized _persist_artifacts _redis_enqueue_rows _artifact_cleanup_worker Metrics
-    CostLedger JobTable ContextKeeper
-    ImageResults VideoJobs AdmissionScheduler Runtime._ensure_concurrency_controls
+    Metrics CostLedger JobTable ContextKeeper
+    VideoJobs AdmissionScheduler Runtime._ensure_concurrency_controls
     Runtime._maybe_start_log_worker Runtime._maybe_start_startup_checks Runtime._maybe_start_redis
     Runtime._maybe_start_cleanup Runtime._request_worker_loop Runtime._stop_request_worker
     Runtime._stop_log_worker Runtime._warmup_failed send_to_openrouter send_to_openrouter_no_stream

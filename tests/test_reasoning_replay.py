@@ -153,8 +153,8 @@ def as_saved(emissions: Iterable[Emission]) -> list[Json]:
 
     for emission in emissions:
         record.note(emission)
-        if isinstance(emission, TurnEnded) and record.first_reasoning is not None:
-            write(CarrierReady(record.first_reasoning, [carrier_of(record)]))
+        if isinstance(emission, TurnEnded) and record.carrier_item is not None:
+            write(CarrierReady(record.carrier_item, [carrier_of(record)]))
         write(emission)
     return stripped([items[index] for index in sorted(items)])
 
