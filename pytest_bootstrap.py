@@ -1,8 +1,10 @@
 """Stands in for Open WebUI where it is not installed, and takes the waiting out of tenacity.
 
 Only what the module's host seam (floor 7) asks for is here, and everything answers "nothing there";
-its table of models (`host_models`) keeps what is written, once a test has named an administrator, and its
-files (`host_files`), once a test has named a folder.
+its table of models (`host_models`) keeps what is written, once a test has named an administrator, its
+files (`host_files`), once a test has named a folder, and its database is the one that a test names
+(`host_database`); of the functions (`host_functions`) there are those that a test names, and Redis
+(`host_redis`) is a real one.
 Nothing of this project is replaced. The real host is met in `tests/e2e`.
 
 `tests/conftest.py` imports this file; importing it again changes nothing, and where the real
@@ -27,8 +29,11 @@ from urllib.parse import quote
 
 import tenacity
 from pydantic import BaseModel, Field, model_validator
+from redis import asyncio as redis
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
 from sqlalchemy import JSON
-from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.pool import NullPool
 
@@ -78,30 +83,6 @@ def _fill(module: ModuleType, members: Iterable[tuple[str, object]]) -> None:
         setattr(module, name, member)
 
 
-def _stub_database(module: ModuleType) -> None:
-    """An engine on one SQLite database in memory, which lives as long as somebody is connected."""
-    address = "sqlite+aiosqlite:///file:host?mode=memory&cache=shared&uri=true"
-    engine = create_async_engine(address, poolclass=NullPool)
-    sessions = async_sessionmaker(bind=engine, class_=AsyncSession, expire_on_commit=False)
-
-    @asynccontextmanager
-    async def get_async_db_context(db: AsyncSession | None = None) -> AsyncIterator[AsyncSession]:
-        if db is not None:
-            yield db
-            return
-        async with sessions() as session:
-            yield session
-
-    _fill(
-        module,
-        {
-            "async_engine": engine,
-            "AsyncSessionLocal": sessions,
-            "get_async_db_context": get_async_db_context,
-        }.items(),
-    )
-
-
 class HostBase(DeclarativeBase):
     """The tables that are asked for with SQL; a test that wants them creates them."""
 
@@ -113,6 +94,140 @@ class ChatMessage(HostBase):
     id: Mapped[str] = mapped_column(primary_key=True)
     chat_id: Mapped[str]
     usage: Mapped[dict[str, object] | None] = mapped_column(JSON)
+
+
+class Chat(HostBase):
+    """`chat`, as far as it is read."""
+
+    __tablename__ = "chat"
+    id: Mapped[str] = mapped_column(primary_key=True)
+    user_id: Mapped[str | None]
+
+
+class HostDatabase:
+    """The host's engine and its sessions: one SQLite database in memory, which lives as long as somebody is
+    connected, until a test puts another in its place.
+    """
+
+    def __init__(self) -> None:
+        address = "sqlite+aiosqlite:///file:host?mode=memory&cache=shared&uri=true"
+        self._own = create_async_engine(address, poolclass=NullPool)
+        self._sessions = self._sessions_of(self._own, None)
+
+    @staticmethod
+    def _sessions_of(engine: AsyncEngine, schema: str | None) -> async_sessionmaker[AsyncSession]:
+        tables: dict[str, Any] = {"schema_translate_map": {None: schema}} if schema else {}
+        bind = engine.execution_options(**tables)
+        return async_sessionmaker(bind=bind, autoflush=False, expire_on_commit=False)
+
+    def use(self, engine: AsyncEngine, schema: str | None = None) -> None:
+        """Make this the host's engine, with the host's tables in this schema of it (PostgreSQL)."""
+        self._sessions = self._sessions_of(engine, schema)
+        names = {"async_engine": engine, "AsyncSessionLocal": self._sessions}
+        _fill(_module("internal.db"), names.items())
+        _fill(_module("env"), [("DATABASE_SCHEMA", schema)])
+
+    def reset(self) -> None:
+        """Go back to the database in memory."""
+        self.use(self._own)
+
+    async def create(self, *tables: type[HostBase]) -> None:
+        """Create these tables of the host."""
+        async with self._sessions() as session:
+            connection = await session.connection()
+            wanted = [HostBase.metadata.tables[table.__tablename__] for table in tables]
+            await connection.run_sync(HostBase.metadata.create_all, wanted)
+            await session.commit()
+
+    @asynccontextmanager
+    async def session(self, db: AsyncSession | None = None) -> AsyncIterator[AsyncSession]:
+        """A session of the engine in use (`get_async_db_context`)."""
+        if db is not None:
+            yield db
+            return
+        async with self._sessions() as session:
+            yield session
+
+
+host_database = HostDatabase()
+
+
+def _stub_database() -> None:
+    host_database.reset()
+    _fill(_module("internal.db"), [("get_async_db_context", host_database.session)])
+
+
+class HostRedis:
+    """Open WebUI 0.12's connections to Redis: real clients, one for each address and kind, kept for ever."""
+
+    def __init__(self) -> None:
+        self._clients: dict[tuple[object, ...], Any] = {}
+
+    def get_redis_connection(
+        self,
+        redis_url: str | None,
+        redis_sentinels: list[tuple[str, int]] | None = None,
+        redis_cluster: bool = False,
+        async_mode: bool = False,
+        decode_responses: bool = True,
+    ) -> Any | None:
+        """The client of one server. Sentinels and clusters, and clients that block, are not for tests."""
+        if redis_sentinels or redis_cluster or not async_mode:
+            raise NotImplementedError("only asynchronous clients of one server are stubbed")
+        if not redis_url:
+            return None
+        key = (redis_url, decode_responses)
+        if key not in self._clients:
+            # as there: again once, when the server has closed a connection of the pool
+            retry = Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,))
+            self._clients[key] = redis.Redis.from_url(
+                redis_url, decode_responses=decode_responses, retry=retry
+            )
+        return self._clients[key]
+
+    async def aclose(self) -> None:
+        """Close and forget every client."""
+        clients, self._clients = self._clients, {}
+        for client in clients.values():
+            await client.aclose()
+
+
+def _sentinels_from_env(hosts_csv: str | None, port: str | int | None) -> list[tuple[str, int]]:
+    hosts = [host.strip() for host in (hosts_csv or "").split(",")]
+    return [(host, int(port or 26379)) for host in hosts if host]
+
+
+host_redis = HostRedis()
+
+
+def _stub_redis() -> None:
+    members = {
+        "get_redis_connection": host_redis.get_redis_connection,
+        "get_sentinels_from_env": _sentinels_from_env,
+    }
+    _fill(_module("utils.redis"), members.items())
+
+
+class HostFunctions:
+    """The host's functions: those that a test has named in `active`, each switched on or off."""
+
+    def __init__(self) -> None:
+        self.active: dict[str, bool] = {}
+
+    def reset(self) -> None:
+        """Forget them."""
+        self.active.clear()
+
+    async def get_function_by_id(self, id: str, db: object = None) -> SimpleNamespace | None:
+        """The row of a function, or None."""
+        return SimpleNamespace(id=id, is_active=self.active[id]) if id in self.active else None
+
+
+host_functions = HostFunctions()
+
+
+def _stub_functions() -> None:
+    _module("models.functions").Functions.get_function_by_id = host_functions.get_function_by_id
 
 
 class ModelParams(BaseModel, extra="allow"):
@@ -437,7 +552,11 @@ def _stub_host() -> None:
     env = {
         "VERSION": HOST_VERSION,
         "WEBUI_SECRET_KEY": "",
-        "DATABASE_SCHEMA": None,
+        "REDIS_URL": "",
+        "REDIS_CLUSTER": False,
+        "REDIS_SENTINEL_HOSTS": "",
+        "REDIS_SENTINEL_PORT": "26379",
+        "REDIS_KEY_PREFIX": "open-webui",
         "ENABLE_FORWARD_USER_INFO_HEADERS": False,
         "FORWARD_SESSION_INFO_HEADER_CHAT_ID": "X-OpenWebUI-Chat-Id",
     }
@@ -451,9 +570,12 @@ def _stub_host() -> None:
     _fill(_module("utils.headers"), [("include_user_info_headers", include_user_info_headers)])
     _stub_files()
     _fill(_module("models.chat_messages"), [("ChatMessage", ChatMessage)])
+    _fill(_module("models.chats"), [("Chat", Chat)])
     _stub_models()
+    _stub_functions()
     _stub_tools()
-    _stub_database(_module("internal.db"))
+    _stub_database()
+    _stub_redis()
 
 
 def _no_waiting_in_tenacity() -> None:

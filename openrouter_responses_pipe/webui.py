@@ -24,7 +24,7 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, ClassVar, Final
 
 FUNCTION_ID: Final = "openrouter"
 FUNCTION_NAME: Final = "OpenRouter"
@@ -97,6 +97,8 @@ def child_environment(extra: Mapping[str, str], *, proxies: bool = False) -> dic
 class ServerProcess:
     """A server in a process group of its own, with its output in a log file."""
 
+    poll_s: ClassVar[float] = 0.1  # how often `wait_ready` looks
+
     def __init__(
         self, name: str, code: str, argv: Sequence[str], *, python: Path, log: Path, health: str
     ) -> None:
@@ -133,19 +135,23 @@ class ServerProcess:
         return self._process.pid
 
     def wait_ready(self, timeout_s: float = _START_SECONDS, progress: Progress | None = None) -> None:
-        """Return when the health address answers; a dead or late server raises with its log's tail."""
+        """Return when the server answers; a dead or late server raises with its log's tail."""
         started = time.monotonic()
         shown = 0.0
         while (waited := time.monotonic() - started) < timeout_s:
             if not self.running:
                 raise WebUIError(f"{self.name} ended while it was starting.\n{self.tail()}")
-            if _answers(self.health):
+            if self.answers():
                 return
             if progress and waited - shown >= 1.0:
                 shown = waited
                 progress(waited)
-            time.sleep(0.1)
+            time.sleep(self.poll_s)
         raise WebUIError(f"{self.name} did not answer within {timeout_s:.0f} seconds.\n{self.tail()}")
+
+    def answers(self) -> bool:
+        """Tell whether the server takes requests: here, whether a GET of its health address succeeds."""
+        return _answers(self.health)
 
     def tail(self, lines: int = _TAIL_LINES) -> str:
         """Return the last lines of the log, headed by its path."""
