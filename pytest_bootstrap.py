@@ -128,8 +128,9 @@ class HostDatabase:
         _fill(_module("env"), [("DATABASE_SCHEMA", schema)])
 
     def reset(self) -> None:
-        """Go back to the database in memory."""
+        """Go back to the database in memory, which nobody can make tables in that stay: no engine."""
         self.use(self._own)
+        _fill(_module("internal.db"), [("async_engine", None)])
 
     async def create(self, *tables: type[HostBase]) -> None:
         """Create these tables of the host."""

@@ -22,7 +22,8 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     OpenWebUIHost,
     PayloadTooLargeError,
 )
-from pytest_bootstrap import ChatMessage, HostFiles, HostModels, host_models
+from pytest_bootstrap import ChatMessage, HostFiles, HostModels, host_database, host_models
+from tests.engines import host_engine
 from tests.media import OWNER, PNG, add, on_disk
 from tests.support import arguments, call, hostile, read_request, running_pipe
 
@@ -75,13 +76,13 @@ DATABASE = importlib.import_module("open_webui.internal.db")  # the stand-in, wh
 
 
 @pytest.fixture
-async def chats() -> AsyncIterator[None]:
+async def chats(sqlite_url: str) -> AsyncIterator[None]:
     """The host's table of messages, in a real SQLite database."""
-    table = ChatMessage.metadata.tables["chat_message"]
-    async with DATABASE.async_engine.connect() as connection:
-        await connection.run_sync(table.create)
-        await connection.commit()
+    async with host_engine(sqlite_url) as engine:
+        host_database.use(engine)
+        await host_database.create(ChatMessage)
         yield
+        host_database.reset()
 
 
 async def save(chat_id: str, *usages: Mapping[str, Any] | None) -> None:
