@@ -19,7 +19,7 @@ from openrouter_responses_pipe.webui import FUNCTION_ID
 from tests.e2e.driver import Tab, error_text, item_text, items, unique
 from tests.e2e.host import MODEL, Host
 from tests.e2e.upstream import Json, Upstream
-from tests.support import GOLDEN, TRANSCRIPTS
+from tests.support import GOLDEN, TRANSCRIPTS, without_pictures
 
 FORCED: Final = "openai/gpt-4o-mini"  # asked over /chat/completions while these tests run
 MODELS: Final = {"responses": MODEL, "chat": f"{FUNCTION_ID}.{FORCED}"}
@@ -165,6 +165,13 @@ def check_error(got: Got, expected: Json) -> None:
     assert SAID_BY_US.get(words, words) in got.error
 
 
+def check_text(got: Got, expected: Json) -> None:
+    """The text, with the pictures in it."""
+    text, pictures = without_pictures(got.text)
+    assert text == (expected["text"] or expected.get("refusal", ""))
+    assert len(pictures) == len(expected.get("images", ()))
+
+
 def check_rest(got: Got, expected: Json) -> None:
     """What does not depend on how calls are answered."""
     parts = expected.get("reasoning_summary", expected.get("reasoning_text", []))
@@ -193,7 +200,7 @@ def check_chat(got: Got, expected: Json, upstream: Upstream) -> None:
         check_calls_were_answered(got, expected["text"], usage or {}, upstream)
         return
     assert len(got.asked) == 1
-    assert got.text == (expected["text"] or expected.get("refusal", ""))
+    check_text(got, expected)
     assert got.usage == usage
 
 
@@ -236,7 +243,7 @@ def check_api_in_chunks(got: Got, expected: Json, upstream: Upstream) -> None:
 
 def check_api_answer(got: Got, expected: Json) -> None:
     """Text, reasoning, calls, sources, usage, and the reason for the end."""
-    assert got.text == (expected["text"] or expected.get("refusal", ""))
+    check_text(got, expected)
     assert got.calls == expected.get("tool_calls", [])
     assert got.usage == renamed(expected.get("usage"), CHAT_NAMES)
     check_rest(got, expected)
