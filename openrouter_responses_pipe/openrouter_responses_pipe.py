@@ -9325,26 +9325,25 @@ class ArtifactTable:
                     values = f"({_COLUMN_NAMES}) VALUES ({_COLUMN_MARKS}) ON CONFLICT DO NOTHING"
                     await driver.executemany(f"INSERT INTO {self._name} {values}", rows)
 
-    async def select(
-        self, ulids: Sequence[str], user_id: str, chat_id: str | None = None
-    ) -> list[ArtifactRow]:
-        """The rows of this person with these ULIDs, of one chat or of any."""
-        wanted = {"user_id": user_id} | ({} if chat_id is None else {"chat_id": chat_id})
+    async def select(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        """Of each of these ULIDs one row of this person: that of the chat, else that of another."""
+        table = self.table
         with _storage_errors():
             async with self._engine.connect() as connection:
                 driver = await _sqlite_driver(connection)
                 if driver is None:
-                    conditions = [self.table.c[name] == value for name, value in wanted.items()]
-                    statement = sa.select(self.table).where(self.table.c.ulid.in_(ulids), *conditions)
-                    rows = (await connection.execute(statement)).all()
-                else:
+                    own_first = sa.desc(table.c.chat_id == chat_id)
+                    statement = sa.select(table).where(table.c.ulid.in_(ulids), table.c.user_id == user_id)
+                    one_each = statement.distinct(table.c.ulid).order_by(table.c.ulid, own_first)
+                    rows = (await connection.execute(one_each)).all()
+                else:  # here `max` also says of which row of a group the other columns are
                     marks = ", ".join("?" * len(ulids))
-                    conditions = "".join(f" AND {name} = ?" for name in wanted)
                     rows = await driver.execute_fetchall(
-                        f"SELECT {_COLUMN_NAMES} FROM {self._name} WHERE ulid IN ({marks}){conditions}",
-                        (*ulids, *wanted.values()),
+                        f"SELECT {_COLUMN_NAMES}, max(chat_id = ?) FROM {self._name} "
+                        f"WHERE ulid IN ({marks}) AND user_id = ? GROUP BY ulid",
+                        (chat_id, *ulids, user_id),
                     )
-        return [ArtifactRow(*row) for row in rows]
+        return [ArtifactRow._make(row[: len(ArtifactRow._fields)]) for row in rows]
 
     async def touch(self, ulids: Sequence[str], chat_id: str, now: float) -> None:
         """Note that these rows of a chat have been used."""
@@ -9852,8 +9851,6 @@ class ArtifactStore:
             take(await self._buffer.get(ulids, user_id))
         if missing:
             take(await table.select(list(missing), user_id, chat_id))
-        if missing:
-            take(await table.select(list(missing), user_id))
         if missing and self._buffer is not None:
             take(await self._buffer.pending(missing, user_id))
         self._touch(rows, chat_id)
