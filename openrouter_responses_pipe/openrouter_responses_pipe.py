@@ -9333,9 +9333,12 @@ class ArtifactTable:
                 driver = await _sqlite_driver(connection)
                 if driver is None:
                     own_first = sa.desc(table.c.chat_id == chat_id)
-                    statement = sa.select(table).where(table.c.ulid.in_(ulids), table.c.user_id == user_id)
-                    one_each = statement.distinct(table.c.ulid).order_by(table.c.ulid, own_first)
-                    rows = (await connection.execute(one_each)).all()
+                    place = sa.func.row_number().over(partition_by=table.c.ulid, order_by=own_first)
+                    theirs = sa.select(table, place.label("place")).where(
+                        table.c.ulid.in_(ulids), table.c.user_id == user_id
+                    )
+                    ranked = theirs.subquery()
+                    rows = (await connection.execute(sa.select(ranked).where(ranked.c.place == 1))).all()
                 else:  # here `max` also says of which row of a group the other columns are
                     marks = ", ".join("?" * len(ulids))
                     rows = await driver.execute_fetchall(
@@ -9493,7 +9496,7 @@ class RedisWriteBehind:
 
     async def run(self) -> None:
         """Move rows as they come; for ever, through every outage of Redis."""
-        while True:
+        while not _is_cancelled():
             try:
                 await self._follow()
             except _REDIS_ERRORS as exc:
@@ -9507,7 +9510,7 @@ class RedisWriteBehind:
             if not self._is_up:
                 LOGGER.info("Redis is back")
                 self._is_up = True
-            while True:
+            while not _is_cancelled():
                 await self.flush()
                 await self._rescue(older_than_s=_UNCONFIRMED_S)
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=_FLUSH_S)
@@ -9590,6 +9593,12 @@ class RedisWriteBehind:
 
     def _cache_key(self, user_id: str, ulid: str) -> str:
         return self._key(f"{user_id}:{ulid}")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is to end: the client of Redis may take a cancellation for an answer that is late."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _row_bytes(row: ArtifactRow) -> bytes:
