@@ -9448,7 +9448,7 @@ class RedisWriteBehind:
 
     async def enqueue(self, rows: Sequence[ArtifactRow]) -> bool:
         """Whether Redis has the rows now; if not, they belong into the database."""
-        if not self._is_up:
+        if not self._is_up or len(self._unconfirmed) > _MOST_PENDING:
             return False
         try:
             await self._redis_enqueue_rows(rows)
@@ -9521,9 +9521,10 @@ class RedisWriteBehind:
         """Move what waits to the database, unless another worker does; returns the number of rows."""
         lock = self._client.lock(self._key("lock"), timeout=_FLUSH_LOCK_S)
         async with asyncio.timeout(_REDIS_S):
-            if not await lock.acquire(blocking=False):
+            waiting = await self._client.llen(self._key("pending"))
+            self._warn_of(waiting)
+            if not waiting or not await lock.acquire(blocking=False):
                 return 0
-            self._warn_of(await self._client.llen(self._key("pending")))
         moved = 0
         try:
             while count := await self._move_batch():
