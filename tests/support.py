@@ -45,6 +45,14 @@ MENU: Final[dict[str, str]] = {
 STREAMING: Final = [name for name, (streams, _, _) in DIALECTS.items() if streams]
 
 
+def without_pictures(text: str) -> tuple[str, list[str]]:
+    """(a text without the pictures that the pipe put into it, and the lines of theirs; their addresses)."""
+    return _PICTURE_RE.sub("", text), [match[1] for match in _PICTURE_RE.finditer(text)]
+
+
+_PICTURE_RE: Final = re.compile(r"\n?!\[Picture\]\(([^()\s]*)\)\n?")
+
+
 def without_id(told: str) -> tuple[str, str]:
     """(an error as it is told, without the id at its end; that id)."""
     match = re.fullmatch(r"(.*?)(?: \(Error ([0-9a-f]{8})\))?", told, flags=re.DOTALL)

@@ -1393,13 +1393,13 @@ async def test_what_the_person_must_know(emissions: list[Emission], text: str) -
     assert await last_status(emissions) == " · ".join(filter(None, [text, "3.2 s"]))
 
 
-async def test_a_picture_is_not_passed_over_in_silence() -> None:
-    at = desk()
-    await at.emitter.send([MediaProduced(0, "data:image/png;base64,AA=="), TurnEnded("completed")])
-    (notification,) = at.told.of("notification")
-    assert "picture" in notification["content"]
-    await at.emitter.complete(1.0, show_usage=False)
-    assert "empty" not in at.told.statuses()[-1]
+@pytest.mark.parametrize("dialect", DIALECTS)
+async def test_no_picture_leaves_as_a_model_has_sent_it(dialect: Dialect) -> None:
+    """They become texts of the answer before they come here."""
+    picture = MediaProduced(1, "data:image/png;base64,AA==")
+    shown = await show([TextDelta(0, "See:"), picture, TurnEnded("completed")], dialect)
+    assert SEE[dialect](shown).text == "See:"
+    assert "AA==" not in repr(shown)
 
 
 async def test_an_open_status_is_closed() -> None:

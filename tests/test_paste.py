@@ -282,7 +282,7 @@ assert not BLOCKED & {name.split(".")[0] for name in sys.modules}
 
 
 @pytest.mark.parametrize(
-    "missing", ["open_webui", "lz4", "ulid", "redis", "orjson", "open_webui,lz4,ulid,redis,orjson,sqlalchemy"]
+    "missing", ["open_webui", "lz4", "ulid", "redis", "orjson", "open_webui,lz4,ulid,redis,orjson"]
 )
 def test_without_packages(missing: str) -> None:
     done = subprocess.run(

@@ -355,7 +355,20 @@ def test_recorded_reasoning_comes_back(name: str) -> None:
 KINDS: Final = ("reasoning", "message", "function_call")
 
 
-@pytest.mark.parametrize("name", [name for name in ENDED_WELL if name not in THOUGHTFUL])
+# the stream of a tool of OpenRouter's own that has to find its own words again
+ADVISED: Final = "24_advisor_streaming_text_delta_on_tool_item"
+
+
+def test_a_recorded_item_of_the_advisor_comes_back() -> None:
+    """It has no place in the chat; the record finds it again, as it was and where it stood."""
+    advice, answered = provider_output(ADVISED)
+    saved = as_saved(reduced(events(ADVISED)))
+    assert advice["advice"] not in json.dumps(saved)
+    entries = sent([HELLO, *as_host_returns(saved), HELLO])
+    assert entries[1:-1] == [advice, as_sent(answered)]
+
+
+@pytest.mark.parametrize("name", [name for name in ENDED_WELL if name not in (*THOUGHTFUL, ADVISED)])
 def test_other_recordings_leave_nothing_behind(name: str) -> None:
     saved = as_saved(reduced(events(name)))
     assert [item for item in saved if "reasoning_details" in item] == []

@@ -6,6 +6,7 @@ What it costs is measured by `make bench`; here only what arrives counts.
 from __future__ import annotations
 
 import asyncio
+import base64
 import json
 import tracemalloc
 from typing import Any, Final
@@ -14,6 +15,8 @@ import pytest
 
 from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
 from openrouter_responses_pipe.simulator import CATALOG, Simulator
+from pytest_bootstrap import HostFiles
+from tests.media import PNG, on_disk
 from tests.support import (
     EVENT_STREAM,
     Answer,
@@ -24,6 +27,7 @@ from tests.support import (
     hostile,
     read_request,
     running_pipe,
+    without_pictures,
 )
 
 Json = dict[str, Any]
@@ -31,7 +35,7 @@ PATIENCE_S: Final = 20.0
 CHATS: Final = ["browser", "api_stream"]
 DELTAS: Final = 64_000
 LARGE_DELTA: Final = "".join(f"{number:09d} " for number in range(20 * 1024))  # 200 KB
-PICTURE: Final = "data:image/png;base64," + "A" * (20 * 1024 * 1024)
+PICTURE: Final = "data:image/png;base64," + base64.b64encode(PNG + bytes(15 * 1024 * 1024)).decode()  # 20 MB
 FLOOD_BYTES: Final = 48 * 1024 * 1024  # more than any bound in the pipe, and than the kernel's buffers
 BOUND_BYTES: Final = 24 * 1024 * 1024
 
@@ -67,13 +71,15 @@ async def replayed(pipe: Pipe, simulator: Simulator, stream: bytes, dialect: str
         return await call(pipe, given), given
 
 
-def expect_whole(answer: Answer, text: str, dialect: str) -> None:
-    """Expect `text` and nothing else, and a good end."""
-    assert (answer.error, len(answer.text)) == ("", len(text))
-    assert answer.text == text
+def expect_whole(answer: Answer, text: str, dialect: str) -> list[str]:
+    """Expect `text`, nothing else but pictures, and a good end; returns their addresses."""
+    shown, pictures = without_pictures(answer.text)
+    assert (answer.error, len(shown)) == ("", len(text))
+    assert shown == text
     assert answer.finish == ("completed" if dialect == "browser" else "stop")
     if dialect == "browser":
-        assert answer.saved_text() == text
+        assert without_pictures(answer.saved_text()) == (text, pictures)
+    return pictures
 
 
 @pytest.mark.parametrize("dialect", CHATS)
@@ -84,15 +90,19 @@ async def test_a_delta_of_200_kb(dialect: str, pipe: Pipe, simulator: Simulator)
 
 
 @pytest.mark.parametrize("dialect", CHATS)
-async def test_an_image_of_20_mb_between_texts(dialect: str, pipe: Pipe, simulator: Simulator) -> None:
+async def test_an_image_of_20_mb_between_texts(
+    dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
+) -> None:
     stream = delta("before ") + picture(1) + delta("after") + COMPLETED
     answer, given = await replayed(pipe, simulator, stream, dialect)
-    expect_whole(answer, "before after", dialect)
-    # Until pictures are kept somewhere, the person is told of it, and its bytes go nowhere.
-    notes = [note["content"] for note in given["__event_emitter__"].of("notification")]
-    assert notes == (
-        ["The model made a picture; this version cannot show pictures yet."] if dialect == "browser" else []
-    )
+    (address,) = expect_whole(answer, "before after", dialect)
+    assert given["__event_emitter__"].of("notification") == []
+    if dialect == "api_stream":
+        assert address == PICTURE
+        return
+    ((file_id, row),) = files.rows.items()
+    assert address == f"/api/v1/files/{file_id}/content"
+    assert on_disk(row) == base64.b64decode(PICTURE.partition(",")[2])
     assert len(json.dumps(answer.chunks)) < 10_000
 
 
@@ -165,7 +175,9 @@ async def test_a_reader_that_pauses_stops_the_sender(dialect: str) -> None:
 
 
 @pytest.mark.parametrize("dialect", CHATS)
-async def test_a_reader_that_is_slow_gets_what_came_before_and_after_a_picture(dialect: str) -> None:
+async def test_a_reader_that_is_slow_gets_what_came_before_and_after_a_picture(
+    dialect: str, files: HostFiles
+) -> None:
     flood, answer = Flood(6 * 1024 * 1024, with_picture=True), Answer()
     async with hostile(flood) as url, running_pipe(url) as pipe:
         chunks = await pipe.pipe(**arguments("please", dialect))
@@ -174,4 +186,4 @@ async def test_a_reader_that_is_slow_gets_what_came_before_and_after_a_picture(d
             async for chunk in chunks:
                 answer.add(chunk)
                 await asyncio.sleep(0.005)
-    expect_whole(answer, flood.text, dialect)
+    assert len(expect_whole(answer, flood.text, dialect)) == 1

@@ -22,6 +22,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Valves,
 )
 from openrouter_responses_pipe.simulator import CATALOG, HTTP_ERRORS, Simulator
+from pytest_bootstrap import HostFiles
 from tests.support import (
     DIALECTS,
     EVENT_STREAM,
@@ -45,11 +46,13 @@ from tests.support import (
     read_until_text,
     running_pipe,
     set_valves,
+    without_pictures,
 )
 
 Json = dict[str, Any]
 ALL = sorted(DIALECTS)
 IN_A_CHAT = ["browser", "browser_json"]
+TASKS = ["task", "task_stream"]
 WITH_CALLS = ["api_json", "api_stream", "browser", "task_stream"]
 WITH_REASONING = ["api_json", "api_stream", "browser", "browser_json", "task_stream"]
 
@@ -88,13 +91,17 @@ def whole_text(expect: Json) -> str:
 
 @pytest.mark.parametrize("dialect", ALL)
 @pytest.mark.parametrize("name", STREAMS)
-async def test_a_recorded_stream(name: str, dialect: str, pipe: Pipe, simulator: Simulator) -> None:
+async def test_a_recorded_stream(
+    name: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
+) -> None:
     simulator.next("golden", name=name, tasks=True)
     expect = TRANSCRIPTS[name]["expect"]
     answer = await ask(pipe, "hello", dialect)
     failed = expect["terminal"] not in ("completed", "incomplete")
     if not failed or dialect not in ("api_json", "task"):
-        assert answer.text == whole_text(expect)
+        text, pictures = without_pictures(answer.text)
+        assert text == whole_text(expect)
+        assert len(pictures) == (0 if dialect in TASKS else len(expect.get("images", ())))
     assert bool(answer.error) is failed
     if failed:
         one_sentence(answer.error)
@@ -127,11 +134,14 @@ def _compare_usage(answer: Answer, usage: Json | None, dialect: str) -> None:
 @pytest.mark.parametrize("dialect", IN_A_CHAT)
 @pytest.mark.parametrize("name", STREAMS)
 async def test_what_is_saved_is_what_was_shown(
-    name: str, dialect: str, pipe: Pipe, simulator: Simulator
+    name: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
     simulator.next("golden", name=name)
+    expect = TRANSCRIPTS[name]["expect"]
     answer = await ask(pipe, "hello", dialect)
-    assert answer.saved_text() == whole_text(TRANSCRIPTS[name]["expect"])
+    text, pictures = without_pictures(answer.saved_text())
+    assert (text, pictures) == (whole_text(expect), without_pictures(answer.text)[1])
+    assert len(pictures) == len(expect.get("images", ()))
     saved = json.dumps(answer.chunks, ensure_ascii=False)
     assert not re.search("[\ud800-\udfff]", saved)
 

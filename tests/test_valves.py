@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any, Final, NamedTuple
@@ -119,6 +120,18 @@ ROWS: Final[dict[str, Row]] = {
     "TOOL_BREAKER_WINDOW_SECONDS": Row("integer", 60, 1, 3600),
     "MAX_TOOL_OUTPUT_CHARS": Row("integer", 100_000, 1000, 2_000_000),
     "TOOL_OUTPUT_RETENTION_TURNS": Row("integer", 10, 0, 1000),
+    "ENABLE_ARTIFACT_STORE": Row("boolean", True),
+    "PERSIST_TOOL_RESULTS": Row("boolean", True),
+    "ARTIFACT_ENCRYPTION_KEY": Row("string", ""),
+    "ENCRYPT_ARTIFACTS": Row("string", "reasoning", choices=("off", "reasoning", "all")),
+    "ENABLE_LZ4_COMPRESSION": Row("boolean", True),
+    "MIN_COMPRESS_BYTES": Row("integer", 256, 0, 1_000_000),
+    "DB_BATCH_SIZE": Row("integer", 10, 1, 500),
+    "ARTIFACT_CLEANUP_DAYS": Row("integer", 90, 0, 3650),
+    "ARTIFACT_CLEANUP_INTERVAL_HOURS": Row("number", 1.0, 0.1, 168.0),
+    "ENABLE_REDIS_CACHE": Row("string", "auto", choices=("auto", "on", "off")),
+    "REDIS_CACHE_TTL_SECONDS": Row("integer", 600, 1, 86_400),
+    "REDIS_PENDING_WARN_THRESHOLD": Row("integer", 100, 1, 1_000_000),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
@@ -133,6 +146,7 @@ USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
 }
 NUMBERS: Final = [name for name, row in ROWS.items() if row.kind == "integer"]
 SWITCHES: Final = [name for name, row in ROWS.items() if row.kind == "boolean"]
+FRACTIONS: Final = [name for name, row in ROWS.items() if row.kind == "number"]
 TEXTS: Final = [name for name, row in ROWS.items() if row.kind == "string"]
 
 
@@ -144,6 +158,9 @@ def of_admin(**values: Any) -> Valves:
 def of_user(**values: Any) -> UserValves:
     """The same for a user's."""
     return UserValves(**values)
+
+
+SECRETS: Final = [(of_admin, "API_KEY"), (of_admin, "ARTIFACT_ENCRYPTION_KEY"), (of_user, "API_KEY")]
 
 
 def stored(valves: Valves | UserValves) -> Json:
@@ -188,11 +205,13 @@ def test_user_valves_inherit_by_default(name: str) -> None:
     assert schema["description"]
 
 
-@pytest.mark.parametrize("model", [Valves, UserValves])
-def test_secrets_have_a_password_input(model: type[Valves] | type[UserValves]) -> None:
+@pytest.mark.parametrize(
+    ("model", "names"), [(Valves, ["API_KEY", "ARTIFACT_ENCRYPTION_KEY"]), (UserValves, ["API_KEY"])]
+)
+def test_secrets_have_a_password_input(model: type[Valves] | type[UserValves], names: list[str]) -> None:
     properties = model.model_json_schema()["properties"]
     secret = [name for name, schema in properties.items() if schema.get("input") == {"type": "password"}]
-    assert secret == ["API_KEY"]
+    assert secret == names
     json.dumps(model.model_json_schema())
 
 
@@ -249,14 +268,23 @@ def test_numbers_are_moved_inside_their_bounds(name: str) -> None:
         assert valves.problems() == []
 
 
+@pytest.mark.parametrize("name", FRACTIONS)
 @pytest.mark.parametrize(
-    ("value", "used"),
-    [(2.5, 2.5), ("2.5", 2.5), (2, 2.0), (-1, 0.0), ("1e400", 1e6), (10**400, 1e6), (0, 0.0)],
+    ("value", "wanted"),
+    [
+        *((2.5, 2.5), ("2.5", 2.5), (2, 2.0), (0, 0.0), ("0", 0.0), (168.5, 168.5)),
+        *((-1, -math.inf), ("1e400", math.inf), (10**400, math.inf), (-math.inf, -math.inf)),
+    ],
 )
-def test_a_price_may_have_a_fraction(value: Any, used: float) -> None:
-    valves = of_admin(MAX_PRICE=value)
-    assert setting(valves, "MAX_PRICE") == used
-    assert stored(of_admin(**stored(valves))) == {"MAX_PRICE": used}
+def test_prices_and_hours_may_have_a_fraction(name: str, value: Any, wanted: float) -> None:
+    row = ROWS[name]
+    assert row.low is not None
+    assert row.high is not None
+    used = min(max(wanted, row.low), row.high)
+    valves = of_admin(**{name: value})
+    assert setting(valves, name) == used
+    assert type(setting(valves, name)) is float
+    assert stored(of_admin(**stored(valves))) == {name: used}
     assert valves.problems() == []
 
 
@@ -273,7 +301,7 @@ def test_a_fraction_becomes_a_whole_number(name: str, value: Any) -> None:
 WRONG: Final[list[Any]] = [None, [1], {"a": 1}, "many", "", float("nan")]
 
 
-@pytest.mark.parametrize("name", [*NUMBERS, *SWITCHES])
+@pytest.mark.parametrize("name", [*NUMBERS, *FRACTIONS, *SWITCHES])
 @pytest.mark.parametrize("value", WRONG, ids=repr)
 def test_a_wrong_kind_is_set_aside(name: str, value: Any) -> None:
     valves = of_admin(**{name: value, "APP_TITLE": "Ours"})
@@ -383,29 +411,29 @@ def test_nothing_that_a_user_stored_raises(values: Json) -> None:
 # Secrets
 
 
-@pytest.mark.parametrize("model", [of_admin, of_user])
-def test_a_key_is_sealed_when_it_is_saved(model: Callable[..., Valves | UserValves]) -> None:
-    valves = model(API_KEY=KEY)
+@pytest.mark.parametrize(("model", "name"), SECRETS)
+def test_a_secret_is_sealed_when_it_is_saved(model: Callable[..., Valves | UserValves], name: str) -> None:
+    valves = model(**{name: KEY})
     for dumped in (stored(valves), valves.model_dump(), json.loads(valves.model_dump_json())):
-        assert dumped["API_KEY"].startswith("encrypted:")
+        assert dumped[name].startswith("encrypted:")
         assert KEY not in json.dumps(dumped)
     assert KEY not in repr(valves)
-    assert EncryptedStr(stored(valves)["API_KEY"]).decrypt(SECRET) == KEY
+    assert EncryptedStr(stored(valves)[name]).decrypt(SECRET) == KEY
 
 
-@pytest.mark.parametrize("model", [of_admin, of_user])
-def test_saving_again_changes_nothing(model: Callable[..., Valves | UserValves]) -> None:
-    first = stored(model(API_KEY=KEY))
+@pytest.mark.parametrize(("model", "name"), SECRETS)
+def test_saving_again_changes_nothing(model: Callable[..., Valves | UserValves], name: str) -> None:
+    first = stored(model(**{name: KEY}))
     again = stored(model(**json.loads(json.dumps(first))))
     assert again == first
-    assert type(model(**first).API_KEY) is EncryptedStr
+    assert type(getattr(model(**first), name)) is EncryptedStr
 
 
-def test_without_a_secret_the_key_stays_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_secret_secrets_stay_plain(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WEBUI_SECRET_KEY")
     monkeypatch.delenv("WEBUI_JWT_SECRET_KEY", raising=False)
-    valves = of_admin(API_KEY=KEY)
-    assert stored(valves) == {"API_KEY": KEY}
+    valves = of_admin(API_KEY=KEY, ARTIFACT_ENCRYPTION_KEY="a, b")
+    assert stored(valves) == {"API_KEY": KEY, "ARTIFACT_ENCRYPTION_KEY": "a, b"}
     assert _connection(valves, HostEnvironment()).key == KEY
 
 
