@@ -10794,7 +10794,7 @@ class ImageResults:
             if blob.reason:
                 raise InputError(blob.reason)
             source = blob.url
-        data = "".join(source.rpartition(",")[2].split())
+        data = source.rpartition(",")[2]
         _validate_base64_size(data, settings.most_bytes)
         data += "=" * (-len(data) % 4)
         try:
