@@ -3056,8 +3056,9 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
     form = FileForm(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
     row = await Files.insert_new_file(request.user_id, form)
-    if request.message_id and row is not None:
-        await Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
+    if row is not None and request.message_id and _is_kept_chat(request.chat_id):
+        link = Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
+        await _host_answer(link, None, "a file could not be linked to its chat")
     return row is not None
 
 
@@ -7151,7 +7152,7 @@ def _finish_item(state: StreamState, item: _Item, done: JSONObject) -> list[Emis
 def _finish_late(state: StreamState, item: _Item, final: JSONObject) -> list[Emission]:
     """What the final object adds to an item that had ended: sources, more text, a picture."""
     if item.type in _IMAGE_TYPES and not item.parts and _picture(final):
-        return [MediaProduced(item.number, _picture(final))]
+        return [_picture_made(state, _picture(final))]
     if item.type != "message":
         return []
     emissions = _cite_all(state, final)
@@ -7226,7 +7227,14 @@ def _finish_image(state: StreamState, item: _Item) -> list[Emission]:
     if not source:
         return _finish_server_tool(state, item)
     item.parts["picture", 0] = []
-    return [MediaProduced(item.number, source), *_finish_server_tool(state, item)]
+    return [_picture_made(state, source), *_finish_server_tool(state, item)]
+
+
+def _picture_made(state: StreamState, source: str) -> MediaProduced:
+    """A picture, as an item of its own: it is shown where it comes, not where it was announced."""
+    shown = _add_item(state, {"type": "picture"}, None)
+    shown.closed = True
+    return MediaProduced(shown.number, source)
 
 
 def _picture(payload: Mapping[str, Any]) -> str:
@@ -7606,7 +7614,7 @@ def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emissi
         url = _mapping(image.get("image_url")).get("url")
         if isinstance(url, str) and url and hash(url) not in state.pictures:
             state.pictures.add(hash(url))
-            emissions.append(MediaProduced(len(state.items), url))
+            emissions.append(_picture_made(state, url))
     return emissions
 
 
@@ -9325,26 +9333,28 @@ class ArtifactTable:
                     values = f"({_COLUMN_NAMES}) VALUES ({_COLUMN_MARKS}) ON CONFLICT DO NOTHING"
                     await driver.executemany(f"INSERT INTO {self._name} {values}", rows)
 
-    async def select(
-        self, ulids: Sequence[str], user_id: str, chat_id: str | None = None
-    ) -> list[ArtifactRow]:
-        """The rows of this person with these ULIDs, of one chat or of any."""
-        wanted = {"user_id": user_id} | ({} if chat_id is None else {"chat_id": chat_id})
+    async def select(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        """Of each of these ULIDs one row of this person: that of the chat, else that of another."""
+        table = self.table
         with _storage_errors():
             async with self._engine.connect() as connection:
                 driver = await _sqlite_driver(connection)
                 if driver is None:
-                    conditions = [self.table.c[name] == value for name, value in wanted.items()]
-                    statement = sa.select(self.table).where(self.table.c.ulid.in_(ulids), *conditions)
-                    rows = (await connection.execute(statement)).all()
-                else:
-                    marks = ", ".join("?" * len(ulids))
-                    conditions = "".join(f" AND {name} = ?" for name in wanted)
-                    rows = await driver.execute_fetchall(
-                        f"SELECT {_COLUMN_NAMES} FROM {self._name} WHERE ulid IN ({marks}){conditions}",
-                        (*ulids, *wanted.values()),
+                    own_first = sa.desc(table.c.chat_id == chat_id)
+                    place = sa.func.row_number().over(partition_by=table.c.ulid, order_by=own_first)
+                    theirs = sa.select(table, place.label("place")).where(
+                        table.c.ulid.in_(ulids), table.c.user_id == user_id
                     )
-        return [ArtifactRow(*row) for row in rows]
+                    ranked = theirs.subquery()
+                    rows = (await connection.execute(sa.select(ranked).where(ranked.c.place == 1))).all()
+                else:  # here `max` also says of which row of a group the other columns are
+                    marks = ", ".join("?" * len(ulids))
+                    rows = await driver.execute_fetchall(
+                        f"SELECT {_COLUMN_NAMES}, max(chat_id = ?) FROM {self._name} "
+                        f"WHERE ulid IN ({marks}) AND user_id = ? GROUP BY ulid",
+                        (chat_id, *ulids, user_id),
+                    )
+        return [ArtifactRow._make(row[: len(ArtifactRow._fields)]) for row in rows]
 
     async def touch(self, ulids: Sequence[str], chat_id: str, now: float) -> None:
         """Note that these rows of a chat have been used."""
@@ -9446,7 +9456,7 @@ class RedisWriteBehind:
 
     async def enqueue(self, rows: Sequence[ArtifactRow]) -> bool:
         """Whether Redis has the rows now; if not, they belong into the database."""
-        if not self._is_up:
+        if not self._is_up or len(self._unconfirmed) > _MOST_PENDING:
             return False
         try:
             await self._redis_enqueue_rows(rows)
@@ -9494,7 +9504,7 @@ class RedisWriteBehind:
 
     async def run(self) -> None:
         """Move rows as they come; for ever, through every outage of Redis."""
-        while True:
+        while not _is_cancelled():
             try:
                 await self._follow()
             except _REDIS_ERRORS as exc:
@@ -9508,7 +9518,7 @@ class RedisWriteBehind:
             if not self._is_up:
                 LOGGER.info("Redis is back")
                 self._is_up = True
-            while True:
+            while not _is_cancelled():
                 await self.flush()
                 await self._rescue(older_than_s=_UNCONFIRMED_S)
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=_FLUSH_S)
@@ -9519,9 +9529,10 @@ class RedisWriteBehind:
         """Move what waits to the database, unless another worker does; returns the number of rows."""
         lock = self._client.lock(self._key("lock"), timeout=_FLUSH_LOCK_S)
         async with asyncio.timeout(_REDIS_S):
-            if not await lock.acquire(blocking=False):
+            waiting = await self._client.llen(self._key("pending"))
+            self._warn_of(waiting)
+            if not waiting or not await lock.acquire(blocking=False):
                 return 0
-            self._warn_of(await self._client.llen(self._key("pending")))
         moved = 0
         try:
             while count := await self._move_batch():
@@ -9591,6 +9602,12 @@ class RedisWriteBehind:
 
     def _cache_key(self, user_id: str, ulid: str) -> str:
         return self._key(f"{user_id}:{ulid}")
+
+
+def _is_cancelled() -> bool:
+    """Whether this task is to end: the client of Redis may take a cancellation for an answer that is late."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
 
 
 def _row_bytes(row: ArtifactRow) -> bytes:
@@ -9852,8 +9869,6 @@ class ArtifactStore:
             take(await self._buffer.get(ulids, user_id))
         if missing:
             take(await table.select(list(missing), user_id, chat_id))
-        if missing:
-            take(await table.select(list(missing), user_id))
         if missing and self._buffer is not None:
             take(await self._buffer.pending(missing, user_id))
         self._touch(rows, chat_id)
@@ -10746,13 +10761,18 @@ class ImageResults:
         if request.is_task:
             return []
         try:
-            url, content = await self._content(made.source, request, settings)
+            data, content = await self._content(made.source, request, settings)
             blob = await _in_thread(lambda: _blob_of(content, "picture"), len(content))
-            if not blob.mime.startswith("image/"):
-                raise InputError("It is not a picture")
-            if _is_kept_chat(request.chat_id) and request.user_id:
+            _check_kind(MediaRef("image", ""), blob)
+            url = f"data:{blob.mime};base64,{data}"
+            if (
+                request.user_id
+                and request.chat_id
+                and not request.chat_id.startswith(("temporary:", "local:"))
+            ):
                 file_id = str(uuid.uuid4())
-                named = blob._replace(name="picture" + (mimetypes.guess_extension(blob.mime) or ""))
+                suffix = blob.mime.rpartition("/")[2].replace("jpeg", "jpg")
+                named = blob._replace(name=f"picture.{suffix}")
                 if not await self._host.save_file(file_id, named, content, request):
                     raise InputError("Open WebUI could not save it")
                 url = _host_file_address(file_id)
@@ -10765,18 +10785,22 @@ class ImageResults:
     async def _content(
         self, source: str, request: ChatRequest, settings: RequestSettings
     ) -> tuple[str, bytes]:
-        """(a data URL, the bytes) of what a provider has sent: one, bare base64, or an address."""
+        """(base64, the bytes) of what a provider has sent: a data URL, bare base64, or an address."""
         if source.startswith(("http://", "https://")):
             ref = MediaRef("image", source)
-            # Its own copy is kept, under an id of its own.
-            blob = (await self._media.resolve([ref], request, settings._replace(keeps_media=False)))[ref]
+            # What it has at its address is not ours for long: a file of its own is made of it.
+            alone = settings._replace(keeps_media=False, most_images=1)
+            blob = (await self._media.resolve([ref], request, alone))[ref]
             if blob.reason:
                 raise InputError(blob.reason)
             source = blob.url
-        head, _, data = source.rpartition(",")
+        data = source.rpartition(",")[2]
         _validate_base64_size(data, settings.most_bytes)
-        content = await _in_thread(lambda: base64.b64decode(data), len(data))
-        return (source if head else f"data:{_sniffed(content)};base64,{data}"), content
+        data += "=" * (-len(data) % 4)
+        try:
+            return data, await _in_thread(lambda: base64.b64decode(data, validate=True), len(data))
+        except ValueError:
+            raise InputError("It is not in base64") from None
 
 
 # ── 21. Turn loop ────────────────────────────────────────────────────────────
@@ -11157,13 +11181,14 @@ class _Turn:
     async def _send_noted(self, emissions: Sequence[Emission]) -> None:
         ready: list[Emission] = []
         for emission in emissions:
+            kept: list[Emission] = [emission]
+            if isinstance(emission, (MediaProduced, TurnEnded)):
+                await self._send(ready)  # what is written need not wait until something is kept
+                ready = []
             if isinstance(emission, MediaProduced):
                 kept = await self._pictures.keep(emission, self._talk.job.request, self._talk.settings)
             elif isinstance(emission, TurnEnded):
-                await self._send(ready)  # what is written need not wait until all is kept
-                ready, kept = [], await self._end(emission)
-            else:
-                kept = [emission]
+                kept = await self._end(emission)
             ready += [known for one in kept if (known := self._noted(one)) is not None]
         await self._send(ready)
 

@@ -11,7 +11,7 @@ import json
 import mimetypes
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -83,33 +83,6 @@ WITHOUT_CHAT: Final = ["api_stream", "api_json"]
 TASKS: Final = ["task", "task_stream"]
 SHOWN_ABOVE: Final = "(Pictures that your answers above show:)"
 UNSAVED: Final = "The model made a picture that cannot be shown. Open WebUI could not save it."
-
-
-# What does not hold yet
-
-
-def hole(why: str) -> pytest.MarkDecorator:
-    """A test that is known to fail, and why."""
-    return pytest.mark.xfail(strict=True, reason=why)
-
-
-def with_holes(cases: Iterable[Any], holes: Mapping[Any, str]) -> list[Any]:
-    """The cases, those that are known to fail marked with why."""
-    return [pytest.param(case, marks=hole(holes[case])) if case in holes else case for case in cases]
-
-
-TAKES_SVG: Final = "keep() takes every image/…, also image/svg+xml"
-NO_SUFFIX: Final = "mimetypes knows image/webp only where the machine's own list has it"
-NO_ROOM: Final = "the limit on pictures of a request is applied to the one that is fetched"
-NO_PADDING: Final = "b64decode() wants the padding that _validate_base64_size() does not ask for"
-NOT_LINKED: Final = "_save_file() says that nothing was kept when only the link failed"
-HELD_BACK: Final = "_send_noted() sends what stands before a picture only after that is stored"
-HEAD_KEPT: Final = "the head of a provider's data URL goes into the text as it came"
-OUT_OF_ORDER: Final = (
-    "a picture that comes late has the number of where it was announced, not of where it is shown"
-)
-NUMBERED_TWICE: Final = "MediaProduced(len(state.items), …) gives a picture the number of the next item"
-CHANNEL: Final = "_is_kept_chat() calls channels unsaved, but Open WebUI saves their answers"
 
 
 # What a model draws, and what comes of it
@@ -348,7 +321,7 @@ def bare_machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     mimetypes.init()
 
 
-@pytest.mark.parametrize("kind", with_holes(KINDS, {"WEBP": NO_SUFFIX}))
+@pytest.mark.parametrize("kind", KINDS)
 async def test_names_need_no_help_of_the_machine(
     kind: str, bare_machine: None, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -378,7 +351,6 @@ async def test_the_same_address_twice_is_two_pictures(
     assert [link[:2] for link in files.links] == [("chat", "message"), ("another", "other")]
 
 
-@hole(NO_ROOM)
 async def test_a_picture_of_the_web_needs_no_room_among_those_that_are_sent(
     pipe: Pipe, simulator: Simulator, files: HostFiles, site: Site
 ) -> None:
@@ -423,11 +395,10 @@ REFUSED: Final[dict[str, tuple[str, str]]] = {
     "half of a pair": ("data:image/png;base64,\ud800", NO_BASE64),
     "too large": (data_url(padded(MEGABYTE + 1)), "larger than 1 MB, which is the limit."),
 }
-HOLES: Final = dict.fromkeys(("SVG in Latin-1", "SVG with a zero"), TAKES_SVG)
 
 
 @pytest.mark.parametrize("dialect", IN_A_CHAT)
-@pytest.mark.parametrize("case", with_holes(REFUSED, HOLES))
+@pytest.mark.parametrize("case", REFUSED)
 async def test_what_is_no_picture_is_told(
     case: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -441,7 +412,7 @@ async def test_what_is_no_picture_is_told(
 
 
 @pytest.mark.parametrize("dialect", WITHOUT_CHAT)
-@pytest.mark.parametrize("case", with_holes(REFUSED, HOLES))
+@pytest.mark.parametrize("case", REFUSED)
 async def test_a_program_gets_nothing_that_is_no_picture(
     case: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -460,7 +431,7 @@ async def test_nothing_but_a_picture_that_cannot_be_shown(
 
 
 @pytest.mark.parametrize("chat_id", ["chat", "temporary:1"])
-@pytest.mark.parametrize("more", with_holes(range(3), {0: NO_PADDING, 2: NO_PADDING}))
+@pytest.mark.parametrize("more", range(3))
 async def test_base64_without_its_padding(
     more: int, chat_id: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -576,7 +547,6 @@ async def test_a_table_of_files_that_fails(
     expect_refused(got, files, UNSAVED)
 
 
-@hole(NOT_LINKED)
 async def test_a_picture_that_can_be_stored_but_not_linked(
     pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -664,7 +634,6 @@ async def test_a_slow_storage_is_waited_for(
     assert got.saved_texts() == ["Before.", shown(*addresses(files)), "After."]
 
 
-@hole(HELD_BACK)
 async def test_what_was_written_before_need_not_wait(
     pipe: Pipe, simulator: Simulator, files: HostFiles, slow: Slow
 ) -> None:
@@ -785,7 +754,7 @@ HEADS: Final = [
 
 
 @pytest.mark.parametrize("dialect", WITHOUT_CHAT)
-@pytest.mark.parametrize("head", with_holes([*HEADS, ""], dict.fromkeys(HEADS, HEAD_KEPT)))
+@pytest.mark.parametrize("head", [*HEADS, ""])
 async def test_what_the_text_says_of_the_picture_is_what_it_is(
     head: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -805,7 +774,6 @@ async def test_a_temporary_chat_goes_on_with_its_picture(
     assert pictures_in(entries[-1]) == [DRAWING]
 
 
-@hole(CHANNEL)
 async def test_the_messages_of_a_channel_are_saved(
     pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -921,13 +889,8 @@ def with_colours(delta: Json, colours: Sequence[bytes]) -> Json:
     return delta | images(*(data_url(colours[number]) for number in numbers))
 
 
-GLUED: Final = dict.fromkeys(
-    ("before the text", "two at once", "two one by one", "said again"), NUMBERED_TWICE
-)
-
-
 @pytest.mark.parametrize("dialect", WITHOUT_CHAT)
-@pytest.mark.parametrize("case", with_holes([c for c in CHAT_ORDERS if c != "within the text"], GLUED))
+@pytest.mark.parametrize("case", [c for c in CHAT_ORDERS if c != "within the text"])
 async def test_the_other_endpoint_for_programs(
     case: str, dialect: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -1052,7 +1015,6 @@ OVERTAKEN: Final[dict[str, list[Json]]] = {
 }
 
 
-@hole(OUT_OF_ORDER)
 @pytest.mark.parametrize("case", OVERTAKEN)
 async def test_thinking_comes_back_with_a_picture_that_was_overtaken(
     case: str, pipe: Pipe, simulator: Simulator, files: HostFiles
@@ -1080,12 +1042,9 @@ CHAT_REPLAYED: Final[dict[str, tuple[list[Json], list[str]]]] = {
     "picture, text, picture": ([images("0"), {"content": "A."}, images("1")], ["0", "A.", "1"]),
     "text, picture, call": ([{"content": "A."}, images("0"), CALL], ["A.", "0", "call"]),
 }
-OVERWRITTEN: Final = dict.fromkeys(
-    ("picture, text", "text, two pictures", "picture, text, picture", "text, picture, call"), NUMBERED_TWICE
-)
 
 
-@pytest.mark.parametrize("case", with_holes(CHAT_REPLAYED, OVERWRITTEN))
+@pytest.mark.parametrize("case", CHAT_REPLAYED)
 async def test_thinking_comes_back_from_the_other_endpoint(
     case: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -1107,7 +1066,7 @@ async def test_thinking_comes_back_from_the_other_endpoint(
 # Tools in the same answer
 
 
-@pytest.mark.parametrize("wire", with_holes(["responses", "chat"], {"chat": NUMBERED_TWICE}))
+@pytest.mark.parametrize("wire", ["responses", "chat"])
 async def test_a_picture_thinking_and_a_call_in_one_answer(
     wire: str, pipe: Pipe, simulator: Simulator, files: HostFiles
 ) -> None:
@@ -1268,7 +1227,6 @@ SOURCES: Final = st.one_of(
 )
 
 
-@hole(NO_PADDING)
 @example(source="AAA", chat_id="chat")
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(source=SOURCES, chat_id=st.sampled_from(["chat", "temporary:1", ""]))
