@@ -3044,7 +3044,6 @@ def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
 
 
 async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
-    from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.models.files import FileForm, Files  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
 
@@ -3056,10 +3055,24 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
     form = FileForm(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
     row = await Files.insert_new_file(request.user_id, form)
-    if row is not None and request.message_id and _is_kept_chat(request.chat_id):
-        link = Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
-        await _host_answer(link, None, "a file could not be linked to its chat")
+    if row is not None and request.message_id:
+        await _host_answer(_link_file(file_id, request), None, "a file could not be linked to its chat")
     return row is not None
+
+
+async def _link_file(file_id: str, request: ChatRequest) -> None:
+    """Let whoever may read the chat or channel have a file of it."""
+    if request.chat_id.startswith("channel:"):
+        from open_webui.models.channels import (  # pyright: ignore[reportMissingImports]  # host only
+            Channels,
+        )
+
+        channel_id = request.chat_id.removeprefix("channel:")
+        await Channels.add_file_to_channel_by_id(channel_id, file_id, request.user_id)
+    elif _is_kept_chat(request.chat_id):
+        from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
+
+        await Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
 
 
 async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
@@ -10795,10 +10808,14 @@ class ImageResults:
                 raise InputError(blob.reason)
             source = blob.url
         data = source.rpartition(",")[2]
-        _validate_base64_size(data, settings.most_bytes)
         data += "=" * (-len(data) % 4)
+
+        def decoded() -> bytes:
+            _validate_base64_size(data, settings.most_bytes)
+            return base64.b64decode(data, validate=True)
+
         try:
-            return data, await _in_thread(lambda: base64.b64decode(data, validate=True), len(data))
+            return data, await _in_thread(decoded, len(data))
         except ValueError:
             raise InputError("It is not in base64") from None
 

@@ -167,7 +167,6 @@ async def test_a_channel_holds_no_base64(host: Host, channel: str) -> None:
     assert "base64," not in repr(rows(host, "message", "channel_id", channel))
 
 
-@pytest.mark.xfail(strict=True, reason="_save_file() links no file to a channel, so nobody else may have it")
 async def test_who_reads_a_channel_sees_its_pictures(host: Host, channel: str) -> None:
     message = await drawn_in(host, channel)
     match = SHOWN.search(message["content"])
