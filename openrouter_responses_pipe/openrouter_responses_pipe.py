@@ -124,9 +124,7 @@ from tenacity import (
     AsyncRetrying,
     RetryCallState,
     retry_if_exception,
-    retry_if_exception_type,
     stop_after_attempt,
-    wait_random_exponential,
 )
 
 # What may be missing
@@ -1570,7 +1568,7 @@ class ArtifactCipher:
         """
         try:
             return self._keys[key_id].decrypt(sealed[:12], sealed[12:], owner.encode())
-        except (KeyError, InvalidTag, ValueError):
+        except (KeyError, InvalidTag, TypeError, ValueError):
             raise StorageError("What was kept could not be opened") from None
 
     def seal(self, data: bytes, owner: str) -> str:
@@ -9211,34 +9209,49 @@ def _packed(
     )
 
 
-def _unpacked(row: ArtifactRow, cipher: ArtifactCipher) -> bytes:
-    """The JSON that a row was made of.
+def _unpacked(row: ArtifactRow, cipher: ArtifactCipher) -> tuple[bytes, Any]:
+    """(the JSON that a row was made of, what it says).
 
     Raises:
         StorageError: it was sealed with a key that is gone, or damaged.
     """
-    packed = row.payload
+    packed, size = row.payload, row.raw_bytes
     if row.key_id:
         packed = cipher.decrypt(row.key_id, packed, f"{row.ulid} {row.user_id}")
     try:
-        raw = packed if row.codec == "json" else _DECOMPRESS[row.codec](packed, row.raw_bytes)
-    except (KeyError, ValueError, RuntimeError, EOFError, zlib.error):
+        if not 0 < size <= _MAX_ARTIFACT_BYTES:
+            raise ValueError
+        raw = packed if row.codec == "json" else _DECOMPRESS[row.codec](packed, size)
+        if len(raw) != size:
+            raise ValueError
+        return raw, _json_loads(raw)
+    except (KeyError, TypeError, ValueError, RuntimeError, EOFError, zlib.error):
         raise StorageError("What was kept is damaged") from None
-    if len(raw) != row.raw_bytes:
-        raise StorageError("What was kept is damaged")
-    return raw
 
 
-def _readable(rows: Iterable[ArtifactRow], cipher: ArtifactCipher) -> tuple[dict[str, bytes], int]:
-    """(the JSON of the rows that can be read, by ULID; the number of the others)."""
-    found: dict[str, bytes] = {}
-    unreadable: set[str] = set()
+def _readable(rows: Iterable[ArtifactRow], cipher: ArtifactCipher) -> dict[str, tuple[bytes, Any]]:
+    """Of the rows that can be read their JSON and what it says, by ULID."""
+    found: dict[str, tuple[bytes, Any]] = {}
     for row in rows:
-        try:
+        with contextlib.suppress(StorageError):
             found[row.ulid] = _unpacked(row, cipher)
-        except StorageError:
-            unreadable.add(row.ulid)
-    return found, len(unreadable - found.keys())
+    return found
+
+
+def _row_of(values: Sequence[Any]) -> ArtifactRow | None:
+    """A row of values that come from outside; None for what cannot be one."""
+    if len(values) != len(ArtifactRow._fields):
+        return None
+    row = ArtifactRow._make(values)
+    sound = (
+        all(isinstance(text, str) for text in row[:8])
+        and type(row.raw_bytes) is int
+        and 0 <= row.raw_bytes <= _MAX_ARTIFACT_BYTES
+        and isinstance(row.payload, bytes)
+        and _is_number(row.created_at)
+        and _is_number(row.last_used_at)
+    )
+    return row if sound else None
 
 
 def _zlib_decompressed(packed: bytes, size: int) -> bytes:
@@ -9325,6 +9338,8 @@ class ArtifactTable:
         of_ours = self._versions.c.name == "artifacts"
         version = connection.scalar(sa.select(self._versions.c.version).where(of_ours))
         if version is not None and version >= _ARTIFACTS_VERSION:
+            # Whether it can be written has to be known, too.
+            connection.execute(sa.update(self._versions).where(of_ours).values(version=version))
             return
         there = sa.inspect(connection).get_columns(self.table.name, schema=self.table.schema)
         known = {column["name"] for column in there}
@@ -9367,7 +9382,8 @@ class ArtifactTable:
                         f"WHERE ulid IN ({marks}) AND user_id = ? GROUP BY ulid",
                         (chat_id, *ulids, user_id),
                     )
-        return [ArtifactRow._make(row[: len(ArtifactRow._fields)]) for row in rows]
+        whole = len(ArtifactRow._fields)
+        return [_row_of(row[:whole]) or _damaged(str(row[0])) for row in rows]
 
     async def touch(self, ulids: Sequence[str], chat_id: str, now: float) -> None:
         """Note that these rows of a chat have been used."""
@@ -9411,6 +9427,11 @@ class ArtifactTable:
         with _storage_errors():
             async with self._engine.connect() as connection:
                 return (await connection.execute(statement)).all()
+
+
+def _damaged(ulid: str) -> ArtifactRow:
+    """In place of a row that somebody has put something else into."""
+    return ArtifactRow(ulid, *[""] * 7, raw_bytes=0, payload=b"", created_at=0.0, last_used_at=0.0)
 
 
 async def _sqlite_driver(connection: AsyncConnection) -> Any:
@@ -9499,7 +9520,7 @@ class RedisWriteBehind:
         except _REDIS_ERRORS as exc:
             await self._go_down(exc)
             return []
-        rows = [row for content in found if content and (row := _row_of(content))]
+        rows = [row for content in found if content and (row := _row_of_bytes(content))]
         return [row for row in rows if row.user_id == user_id and row.ulid in ulids]
 
     async def pending(self, ulids: Container[str], user_id: str) -> list[ArtifactRow]:
@@ -9512,7 +9533,7 @@ class RedisWriteBehind:
         except _REDIS_ERRORS as exc:
             await self._go_down(exc)
             return []
-        rows = filter(None, map(_row_of, waiting))
+        rows = filter(None, map(_row_of_bytes, waiting))
         return [row for row in rows if row.user_id == user_id and row.ulid in ulids]
 
     async def run(self) -> None:
@@ -9529,6 +9550,8 @@ class RedisWriteBehind:
             async with asyncio.timeout(_REDIS_S):
                 await channel.subscribe(self._key("news"))
             if not self._is_up:
+                async with asyncio.timeout(_REDIS_S):  # one that takes nothing is not back
+                    await self._client.set(self._key("alive"), b"", ex=self._ttl_s)
                 LOGGER.info("Redis is back")
                 self._is_up = True
             while not _is_cancelled():
@@ -9561,11 +9584,10 @@ class RedisWriteBehind:
     async def _move_batch(self) -> int:
         async with asyncio.timeout(_REDIS_S):
             contents = await self._client.lrange(self._key("pending"), 0, self._batch - 1)
-        rows = list(filter(None, map(_row_of, contents)))
-        if rows:
-            await self._sink(rows)
-        if len(rows) < len(contents):
-            LOGGER.warning("%d entries in Redis are no rows; they are removed", len(contents) - len(rows))
+        rows = list(filter(None, map(_row_of_bytes, contents)))
+        unusable = len(contents) - len(rows) + (await self._move(rows) if rows else 0)
+        if unusable:
+            LOGGER.warning("%d entries in Redis are no rows; they are removed", unusable)
         async with asyncio.timeout(_REDIS_S), self._client.pipeline(transaction=True) as commands:
             for content in contents:
                 # By value, not by number: had the lock run out, another worker's rows would be at its place.
@@ -9576,6 +9598,26 @@ class RedisWriteBehind:
                 self._confirm(news)
             await commands.execute()
         return len(contents)
+
+    async def _move(self, rows: Sequence[ArtifactRow]) -> int:
+        """Have rows written, one by one if together they fail; returns how many are themselves at fault."""
+        started = self._clock()
+        try:
+            await self._sink(rows)
+        except StorageError:
+            if len(rows) == 1 or self._clock() - started > _AT_ONCE_S:
+                raise
+        else:
+            return 0
+        failures: list[StorageError] = []
+        for row in rows:
+            try:
+                await self._sink([row])
+            except StorageError as exc:
+                failures.append(exc)
+        if len(failures) == len(rows):
+            raise failures[0]
+        return len(failures)
 
     def _confirm(self, news: bytes) -> None:
         """These rows are in the database."""
@@ -9628,14 +9670,14 @@ def _row_bytes(row: ArtifactRow) -> bytes:
     return _json_dumps([*row[:9], *row[10:]]) + b"\n" + row.payload
 
 
-def _row_of(content: bytes) -> ArtifactRow | None:
+def _row_of_bytes(content: bytes) -> ArtifactRow | None:
     """What `_row_bytes` was given; None for anything else."""
     head, _, payload = content.partition(b"\n")
     try:
         values = _json_loads(head)
-        return ArtifactRow._make([*values[:9], payload, *values[9:]])
-    except (ValueError, TypeError):
+    except ValueError:
         return None
+    return _row_of([*values[:9], payload, *values[9:]]) if isinstance(values, list) else None
 
 
 _REDIS_ERRORS: Final = (RedisError, OSError, TimeoutError)
@@ -9645,6 +9687,7 @@ _FLUSH_S: Final = 1.0  # the longest that a row waits when nobody is told of it
 _FLUSH_LOCK_S: Final = 10.0
 _UNCONFIRMED_S: Final = 20.0
 _MOST_PENDING: Final = 10_000
+_AT_ONCE_S: Final = 1.0  # a failure that takes longer is that of a database that does not answer
 
 
 # The store
@@ -9698,7 +9741,7 @@ class ArtifactStore:
         self._buffer: RedisWriteBehind | None = None
         self._recent = _RecentArtifacts(_RECENT_BYTES)
         self._opening: asyncio.Task[None] | None = None
-        self._open_again_at = -math.inf
+        self._rests_until: dict[str, float] = {}  # "read", "write": it took too long, nobody else shall wait
         self._is_down = False  # and the log has it
         self._has_unreadable = False  # and the log has it
         self._waiting: deque[tuple[Sequence[ArtifactRow], asyncio.Future[None]]] = deque()
@@ -9710,35 +9753,36 @@ class ArtifactStore:
     def open(self, settings: ArtifactSettings) -> None:
         """Keep things as `settings` say from now on; the table is opened in the background."""
         self._settings = settings
-        if self._closed:
-            return
-        if self._table is None and self._opening is None and self._clock() >= self._open_again_at:
-            self._opening = self._in_background(self._ensure_db_initialized())
+        if self._table is None:
+            self._open_soon()
         if self._buffer is not None:
             self._buffer.configure(settings)
         self._start_services()
 
+    def _open_soon(self) -> None:
+        if self._opening is None and not self._closed:
+            self._opening = self._in_background(self._ensure_db_initialized())
+
     async def _ensure_db_initialized(self) -> None:
-        self._open_again_at = self._clock() + _OPEN_AGAIN_S
+        """Open the table, however long that takes: rows may wait for it."""
         try:
             database = self._host.database()
             if database is None:
                 return
             table = ArtifactTable(database, self._pipe_id)
-            async for attempt in AsyncRetrying(
-                retry=retry_if_exception_type(StorageError),
-                stop=stop_after_attempt(_OPEN_TRIES),
-                wait=wait_random_exponential(multiplier=0.1, max=3),
-                reraise=True,
-            ):
-                with attempt:
+            for number in itertools.count():
+                try:
                     await table.create()
-        except (StorageError, ImportError) as exc:
-            self._note_outage(exc)
-        else:
+                    break
+                except StorageError as exc:
+                    self._note_outage(exc)
+                longest_s = min(_OPEN_AGAIN_S, 0.2 * 2 ** min(number, 10))
+                await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._table = table
-            self._note_success()
+            self._rests_until.clear()
             self._start_services()
+        except ImportError as exc:
+            self._note_outage(exc)
         finally:
             self._opening = None
 
@@ -9780,7 +9824,7 @@ class ArtifactStore:
             return [_packed(payload, raw, ulid, settings, now) for payload, raw, ulid in given]
 
         rows = await _in_thread(pack, sum(map(len, raws)))
-        await self._within(_SAVE_S, self._persist_artifacts(rows))
+        await self._within(_SAVE_S, "write", self._persist_artifacts(rows))
         for payload, raw, ulid in zip(payloads, raws, ulids, strict=True):
             self._recent.put((payload.user_id, payload.chat_id, ulid), raw, self._clock())
         return ulids
@@ -9795,7 +9839,7 @@ class ArtifactStore:
 
     async def _write(self, rows: Sequence[ArtifactRow]) -> None:
         """Have rows written, with those of other chats that wait at the same time."""
-        await self._opened()
+        await self._opened("write")
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, written))
         if self._writing is None:
@@ -9817,83 +9861,80 @@ class ArtifactStore:
 
     async def _write_batch(self, batch: Sequence[tuple[Sequence[ArtifactRow], asyncio.Future[None]]]) -> None:
         """One statement for all; if that fails, one for each: a bad row must not take others with it."""
-        table = self._table
-        try:
-            if table is None:
-                raise StorageError("The database is not there")
-            await table.insert([row for rows, _ in batch for row in rows])
-        except StorageError as exc:
-            if len(batch) > 1:
-                for one in batch:
-                    await self._write_batch([one])
-                return
-            self._fail(exc)
-            for _, written in batch:
-                if not written.done():
-                    written.set_exception(exc)
-        else:
+        started = self._clock()
+        error = await self._insert([row for rows, _ in batch for row in rows])
+        errors = [error] * len(batch)
+        if error is not None and len(batch) > 1 and self._clock() - started < _AT_ONCE_S:
+            errors = [await self._insert(rows) for rows, _ in batch]
+        if None in errors:
             self._note_success()
-            for _, written in batch:
-                if not written.done():
-                    written.set_result(None)
+        elif error is not None:
+            self._fail(error)
+        for (_, written), failure in zip(batch, errors, strict=True):
+            if not written.done() and failure is None:
+                written.set_result(None)
+            elif not written.done():
+                written.set_exception(cast(StorageError, failure))
+
+    async def _insert(self, rows: Sequence[ArtifactRow]) -> StorageError | None:
+        try:
+            await cast(ArtifactTable, self._table).insert(rows)
+        except StorageError as exc:
+            return exc
+        return None
 
     async def load(self, ulids: Sequence[str], user_id: str, chat_id: str) -> LoadedArtifacts:
         """What there is of these artifacts of this person; whatever fails, the rest is given back."""
-        clock = self._clock()
-        found: dict[str, bytes] = {}
-        for ulid in ulids:
-            raw = self._recent.get((user_id, chat_id, ulid), clock)
-            if raw is not None:
-                found[ulid] = raw
-        missing = [ulid for ulid in dict.fromkeys(ulids) if ulid not in found][:_MOST_LOADED]
+        now = self._clock()
+        found: JSONObject = {}
+        for ulid in dict.fromkeys(ulids[:_MOST_LOADED]):
+            raw = self._recent.get((user_id, chat_id, ulid), now)
+            found[ulid] = None if raw is None else _json_loads(raw)
         settings = self._settings
-        unreadable = 0
-        if missing and settings is not None:
+        lost: set[str] = set()
+        used: list[ArtifactRow] = []
+        for ask in (self._from_cache, self._from_table, self._from_pending) if settings else ():
+            missing = [ulid for ulid, value in found.items() if value is None]
+            if not missing:
+                break
             try:
-                rows = await self._within(_LOAD_S, self._rows(missing, user_id, chat_id))
+                rows = await ask(missing, user_id, chat_id)
             except StorageError as exc:
                 self._fail(exc)
-                rows, unreadable = [], len(missing)
-            size = sum(len(row.payload) for row in rows)
-            read, damaged = await _in_thread(lambda: _readable(rows, settings.cipher), size)
-            self._note_unreadable(damaged, rows)
-            unreadable += damaged
-            for ulid, raw in read.items():
-                self._recent.put((user_id, chat_id, ulid), raw, clock)
-            found |= read
-        decoded: JSONObject = {}
-        for ulid, raw in found.items():
-            with contextlib.suppress(ValueError):
-                decoded[ulid] = _json_loads(raw)
-        return LoadedArtifacts(decoded, unreadable)
+                lost.update(missing)
+                continue
+            work = functools.partial(_readable, rows, cast(ArtifactSettings, settings).cipher)
+            read = await _in_thread(work, sum(len(row.payload) for row in rows))
+            lost.update(row.ulid for row in rows)
+            self._note_unreadable([row for row in rows if row.ulid not in read])
+            used += [row for row in rows if row.ulid in read]
+            for ulid, (raw, value) in read.items():
+                self._recent.put((user_id, chat_id, ulid), raw, now)
+                found[ulid] = value
+        self._note_use(used, chat_id)
+        there = {ulid: value for ulid, value in found.items() if value is not None}
+        return LoadedArtifacts(there, len(lost - there.keys()))
 
-    async def _rows(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
-        """Rows from wherever they are; those of other chats get a copy for this one."""
-        table = await self._opened()
-        missing = set(ulids)
-        rows: list[ArtifactRow] = []
+    async def _from_cache(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        return [] if self._buffer is None else await self._buffer.get(ulids, user_id)
 
-        def take(more: Iterable[ArtifactRow]) -> None:
-            news = {row.ulid: row for row in more if row.ulid in missing}
-            missing.difference_update(news)
-            rows.extend(news.values())
+    async def _from_table(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        table = await self._opened("read")
+        return await self._within(_LOAD_S, "read", table.select(ulids, user_id, chat_id))
 
-        if self._buffer is not None:
-            take(await self._buffer.get(ulids, user_id))
-        if missing:
-            take(await table.select(list(missing), user_id, chat_id))
-        if missing and self._buffer is not None:
-            take(await self._buffer.pending(missing, user_id))
-        self._touch(rows, chat_id)
-        if foreign := [row for row in rows if row.chat_id != chat_id]:
-            now = self._now()
-            copies = [row._replace(chat_id=chat_id, created_at=now, last_used_at=now) for row in foreign]
-            self._in_background(_quietly(self._write(copies)))
-        return rows
+    async def _from_pending(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        return [] if self._buffer is None else await self._buffer.pending(ulids, user_id)
 
-    def _touch(self, rows: Iterable[ArtifactRow], chat_id: str) -> None:
-        """Note that rows are in use, once a day at most."""
+    def _note_use(self, rows: Iterable[ArtifactRow], chat_id: str) -> None:
+        """Rows of other chats get a copy for this one; those of this one are marked, once a day at most."""
         now = self._now()
+        copies = [
+            row._replace(chat_id=chat_id, created_at=now, last_used_at=now)
+            for row in rows
+            if row.chat_id != chat_id
+        ]
+        if copies:
+            self._in_background(_quietly(self._write(copies)))
         old = [row.ulid for row in rows if row.chat_id == chat_id and row.last_used_at < now - _TOUCH_S]
         if old and self._table is not None:
             self._in_background(_quietly(self._table.touch(old, chat_id, now)))
@@ -9953,23 +9994,25 @@ class ArtifactStore:
         if left:
             await asyncio.wait(left, timeout=_CLEANUP_S)
 
-    async def _opened(self) -> ArtifactTable:
+    async def _opened(self, what: Literal["read", "write"]) -> ArtifactTable:
         """The table, as soon as it is open.
 
         Raises:
-            StorageError: it is not.
+            StorageError: it is not, or has just kept somebody else waiting.
         """
         opening = self._opening
         if self._table is None and opening is not None and not self._is_down:
             await asyncio.wait((opening,), timeout=_OPEN_S)
-        if self._table is None:
+            if self._table is None and not opening.done():
+                self._note_outage(StorageError(f"opening it takes longer than {_OPEN_S:g} s"))
+        if self._table is None or self._clock() < self._rests_until.get(what, -math.inf):
             raise StorageError("The database is not open")
         return self._table
 
     def _fail(self, exc: StorageError) -> None:
-        """Look at the database anew with the next request: it may have been another one's fault, or gone."""
-        self._table = None
-        self._open_again_at = -math.inf
+        """See that the table is there and can be written; until then others may still try."""
+        if self._table is not None:
+            self._open_soon()
         self._note_outage(exc)
 
     def _note_outage(self, exc: Exception) -> None:
@@ -9982,26 +10025,32 @@ class ArtifactStore:
             LOGGER.info("Artifacts are kept in the database again")
         self._is_down = False
 
-    def _note_unreadable(self, count: int, rows: Sequence[ArtifactRow]) -> None:
-        if count and not self._has_unreadable:
+    def _note_unreadable(self, rows: Sequence[ArtifactRow]) -> None:
+        if rows and not self._has_unreadable:
             self._has_unreadable = True
-            key_ids = sorted({row.key_id for row in rows if row.key_id})
             LOGGER.warning(
                 "Some artifacts cannot be read: another key has sealed them, or they are damaged "
                 "(ids of keys: %s). Chats go on without them; this is said only once.",
-                ", ".join(key_ids) or "none",
+                ", ".join(sorted({row.key_id for row in rows if row.key_id})) or "none",
             )
 
-    async def _within(self, seconds: float, work: Coroutine[Any, Any, T]) -> T:
+    async def _within(
+        self, seconds: float, what: Literal["read", "write"], work: Coroutine[Any, Any, T]
+    ) -> T:
         """The result of `work`, which goes on by itself where it takes longer: half a statement helps nobody.
 
         Raises:
-            StorageError: it has failed, or takes longer.
+            StorageError: it has failed, or takes longer; then nobody else waits for the same for a while.
         """
         task = self._in_background(work)
         await asyncio.wait((task,), timeout=seconds)
         if not task.done():
-            raise StorageError(f"The database takes longer than {seconds:g} s")
+            error = StorageError(f"it takes longer than {seconds:g} s")
+            self._rests_until[what] = self._clock() + _OPEN_AGAIN_S
+            self._fail(error)
+            raise error
+        if task.cancelled():
+            raise StorageError("The store is being closed")
         return task.result()
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
@@ -10046,7 +10095,6 @@ _THREAD_BYTES: Final = 4 * 1024
 _SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
 _LOAD_S: Final = 3.0
 _OPEN_S: Final = 2.0
-_OPEN_TRIES: Final = 6
 _OPEN_AGAIN_S: Final = 10.0
 _MOST_LOADED: Final = 5_000  # of one history, the latest of it first
 _PRUNE_BATCH: Final = 200
@@ -10852,13 +10900,13 @@ class TurnMemory:
         for sealed in plan.sealed if cipher.can_seal else ():
             with contextlib.suppress(StorageError, ValueError):
                 records[sealed] = _objects(_json_loads(cipher.open(sealed, request.user_id)))
-        if lost := len(plan.sealed) - len(records):
-            LOGGER.info("%d of %d kept pieces of reasoning can not be read", lost, len(plan.sealed))
-        notices: list[Notice] = []
         if plan.turns and settings.is_on:
             loaded = await self._store.load(plan.turns, request.user_id, request.chat_id)
             records |= {ulid: _objects(entries) for ulid, entries in loaded.found.items()}
-            if loaded.unreadable and request.chat_id not in self._told:
+        notices: list[Notice] = []
+        if lost := len(plan.turns) + len(plan.sealed) - len(records):
+            LOGGER.info("%d pieces of reasoning of a chat can not be read", lost)
+            if request.chat_id not in self._told:
                 _drop_oldest(self._told, _MOST_TOLD)
                 self._told[request.chat_id] = None
                 notices.append(Notice(_NOT_RECALLED))
