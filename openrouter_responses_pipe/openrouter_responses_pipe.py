@@ -9285,7 +9285,8 @@ def _storage_errors() -> Iterator[None]:
         yield
     except (SQLAlchemyError, sqlite3.Error, OSError, ValueError) as exc:
         origin = getattr(exc, "orig", None) or exc
-        raise StorageError(f"{type(origin).__name__}: {_cut_text(str(origin), 200)}") from None
+        words = _LINE_BREAKS_RE.sub(" ", str(origin))
+        raise StorageError(f"{type(origin).__name__}: {_cut_text(words, 200)}") from None
 
 
 def _table_prefix(pipe_id: str) -> str:
@@ -9334,21 +9335,19 @@ class ArtifactTable:
                     await connection.execute(CreateIndex(index, if_not_exists=True))
 
     def _migrate(self, connection: sa.Connection) -> None:
-        """Add the columns that an older version did not have. What a newer one has is left as it is."""
-        of_ours = self._versions.c.name == "artifacts"
-        version = connection.scalar(sa.select(self._versions.c.version).where(of_ours))
-        if version is not None and version >= _ARTIFACTS_VERSION:
-            # Whether it can be written has to be known, too.
-            connection.execute(sa.update(self._versions).where(of_ours).values(version=version))
-            return
+        """Add the columns that are missing, as in an older version. What a newer one has is left as it is."""
         there = sa.inspect(connection).get_columns(self.table.name, schema=self.table.schema)
         known = {column["name"] for column in there}
         for column in self.table.columns:
             if column.name not in known:
                 definition = CreateColumn(column).compile(dialect=connection.dialect)
                 connection.execute(sa.DDL(f"ALTER TABLE {self._name} ADD COLUMN {definition}"))
+        # Written each time: whether that can be done has to be known, too.
+        of_ours = self._versions.c.name == "artifacts"
+        version = connection.scalar(sa.select(self._versions.c.version).where(of_ours)) or 0
         connection.execute(sa.delete(self._versions).where(of_ours))
-        connection.execute(sa.insert(self._versions), {"name": "artifacts", "version": _ARTIFACTS_VERSION})
+        newest = max(version, _ARTIFACTS_VERSION)
+        connection.execute(sa.insert(self._versions), {"name": "artifacts", "version": newest})
 
     async def insert(self, rows: Sequence[ArtifactRow]) -> None:
         """Add rows, all or none; what is there already stays as it is."""
@@ -9743,6 +9742,7 @@ class ArtifactStore:
         self._opening: asyncio.Task[None] | None = None
         self._rests_until: dict[str, float] = {}  # "read", "write": it took too long, nobody else shall wait
         self._is_down = False  # and the log has it
+        self._tried = asyncio.Event()  # to open it, whatever came of it
         self._has_unreadable = False  # and the log has it
         self._waiting: deque[tuple[Sequence[ArtifactRow], asyncio.Future[None]]] = deque()
         self._writing: asyncio.Task[None] | None = None
@@ -9768,6 +9768,7 @@ class ArtifactStore:
         try:
             database = self._host.database()
             if database is None:
+                self._tried.set()
                 return
             table = ArtifactTable(database, self._pipe_id)
             for number in itertools.count():
@@ -9776,9 +9777,10 @@ class ArtifactStore:
                     break
                 except StorageError as exc:
                     self._note_outage(exc)
-                longest_s = min(_OPEN_AGAIN_S, 0.2 * 2 ** min(number, 10))
+                longest_s = min(_OPEN_S, 0.1 * 2 ** min(number, 10))
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._table = table
+            self._tried.set()
             self._rests_until.clear()
             self._start_services()
         except ImportError as exc:
@@ -10000,10 +10002,11 @@ class ArtifactStore:
         Raises:
             StorageError: it is not, or has just kept somebody else waiting.
         """
-        opening = self._opening
-        if self._table is None and opening is not None and not self._is_down:
-            await asyncio.wait((opening,), timeout=_OPEN_S)
-            if self._table is None and not opening.done():
+        if self._opening is not None and not self._tried.is_set():
+            try:
+                async with asyncio.timeout(_OPEN_S):
+                    await self._tried.wait()
+            except TimeoutError:
                 self._note_outage(StorageError(f"opening it takes longer than {_OPEN_S:g} s"))
         if self._table is None or self._clock() < self._rests_until.get(what, -math.inf):
             raise StorageError("The database is not open")
@@ -10019,6 +10022,7 @@ class ArtifactStore:
         if not self._is_down:
             LOGGER.warning("Artifacts cannot be kept in the database for now: %s", exc)
         self._is_down = True
+        self._tried.set()
 
     def _note_success(self) -> None:
         if self._is_down:
@@ -10094,7 +10098,7 @@ _TOUCH_S: Final = 86_400.0
 _THREAD_BYTES: Final = 4 * 1024
 _SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
 _LOAD_S: Final = 3.0
-_OPEN_S: Final = 2.0
+_OPEN_S: Final = 2.0  # what the first may wait for the table; the longest from one try to the next
 _OPEN_AGAIN_S: Final = 10.0
 _MOST_LOADED: Final = 5_000  # of one history, the latest of it first
 _PRUNE_BATCH: Final = 200
