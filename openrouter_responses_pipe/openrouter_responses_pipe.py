@@ -9548,13 +9548,13 @@ class RedisWriteBehind:
         async with self._client.pubsub() as channel:
             async with asyncio.timeout(_REDIS_S):
                 await channel.subscribe(self._key("news"))
-            if not self._is_up:
-                async with asyncio.timeout(_REDIS_S):  # one that takes nothing is not back
-                    await self._client.set(self._key("alive"), b"", ex=self._ttl_s)
-                LOGGER.info("Redis is back")
-                self._is_up = True
             while not _is_cancelled():
                 await self.flush()
+                if not self._is_up:
+                    async with asyncio.timeout(_REDIS_S):  # one that takes nothing is not back
+                        await self._client.set(self._key("alive"), b"", ex=self._ttl_s)
+                    LOGGER.info("Redis is back")
+                    self._is_up = True
                 await self._rescue(older_than_s=_UNCONFIRMED_S)
                 message = await channel.get_message(ignore_subscribe_messages=True, timeout=_FLUSH_S)
                 if message is not None:
@@ -9736,7 +9736,8 @@ class ArtifactStore:
         self._clock = clock
         self._now = now
         self._settings: ArtifactSettings | None = None
-        self._table: ArtifactTable | None = None  # None: not open
+        self._table: ArtifactTable | None = None
+        self._is_open = False  # it is there, and can be written
         self._buffer: RedisWriteBehind | None = None
         self._recent = _RecentArtifacts(_RECENT_BYTES)
         self._opening: asyncio.Task[None] | None = None
@@ -9753,7 +9754,7 @@ class ArtifactStore:
     def open(self, settings: ArtifactSettings) -> None:
         """Keep things as `settings` say from now on; the table is opened in the background."""
         self._settings = settings
-        if self._table is None:
+        if not self._is_open:
             self._open_soon()
         if self._buffer is not None:
             self._buffer.configure(settings)
@@ -9770,7 +9771,7 @@ class ArtifactStore:
             if database is None:
                 self._tried.set()
                 return
-            table = ArtifactTable(database, self._pipe_id)
+            table = self._table = ArtifactTable(database, self._pipe_id)
             for number in itertools.count():
                 try:
                     await table.create()
@@ -9779,7 +9780,7 @@ class ArtifactStore:
                     self._note_outage(exc)
                 longest_s = min(_OPEN_S, 0.1 * 2 ** min(number, 10))
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
-            self._table = table
+            self._is_open = True
             self._tried.set()
             self._rests_until.clear()
             self._start_services()
@@ -9790,7 +9791,7 @@ class ArtifactStore:
 
     def _start_services(self) -> None:
         settings = self._settings
-        if self._table is None or settings is None or self._closed:
+        if not self._is_open or settings is None or self._closed:
             return
         if "cleanup" not in self._services:
             self._services["cleanup"] = self._in_background(self._artifact_cleanup_worker())
@@ -9841,7 +9842,7 @@ class ArtifactStore:
 
     async def _write(self, rows: Sequence[ArtifactRow]) -> None:
         """Have rows written, with those of other chats that wait at the same time."""
-        await self._opened("write")
+        await self._opened()
         written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.append((rows, written))
         if self._writing is None:
@@ -9921,7 +9922,8 @@ class ArtifactStore:
         return [] if self._buffer is None else await self._buffer.get(ulids, user_id)
 
     async def _from_table(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
-        table = await self._opened("read")
+        table = self._table or await self._opened()
+        self._check_rest("read")
         return await self._within(_LOAD_S, "read", table.select(ulids, user_id, chat_id))
 
     async def _from_pending(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
@@ -9996,11 +9998,11 @@ class ArtifactStore:
         if left:
             await asyncio.wait(left, timeout=_CLEANUP_S)
 
-    async def _opened(self, what: Literal["read", "write"]) -> ArtifactTable:
-        """The table, as soon as it is open.
+    async def _opened(self) -> ArtifactTable:
+        """The table, as soon as it can be written.
 
         Raises:
-            StorageError: it is not, or has just kept somebody else waiting.
+            StorageError: it cannot, or has just kept somebody else waiting.
         """
         if self._opening is not None and not self._tried.is_set():
             try:
@@ -10008,14 +10010,18 @@ class ArtifactStore:
                     await self._tried.wait()
             except TimeoutError:
                 self._note_outage(StorageError(f"opening it takes longer than {_OPEN_S:g} s"))
-        if self._table is None or self._clock() < self._rests_until.get(what, -math.inf):
+        self._check_rest("write")
+        if self._table is None or not self._is_open:
             raise StorageError("The database is not open")
         return self._table
 
+    def _check_rest(self, what: Literal["read", "write"]) -> None:
+        if self._clock() < self._rests_until.get(what, -math.inf):
+            raise StorageError("The database has just kept somebody waiting for too long")
+
     def _fail(self, exc: StorageError) -> None:
         """See that the table is there and can be written; until then others may still try."""
-        if self._table is not None:
-            self._open_soon()
+        self._open_soon()
         self._note_outage(exc)
 
     def _note_outage(self, exc: Exception) -> None:
