@@ -212,13 +212,15 @@ class SimulatorServer(ServerProcess):
 class WebUIServer(ServerProcess):
     """Open WebUI with a data folder of its own: database, static files, secret key and log all lie in it."""
 
+    code: ClassVar[str] = "from open_webui import app\napp()"
+
     def __init__(self, folder: Path, *, port: int | None = None, python: Path | None = None) -> None:
         self.folder = folder.resolve()
         self.port = port or free_port()
         self.url = f"http://{_LOOPBACK}:{self.port}"
         super().__init__(
             "Open WebUI",
-            "from open_webui import app\napp()",
+            self.code,
             ["serve", "--host", _LOOPBACK, "--port", str(self.port)],
             python=python or Path(sys.executable),
             log=self.folder / "open-webui.log",

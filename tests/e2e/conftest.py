@@ -1,5 +1,6 @@
 """One simulator and one Open WebUI for the whole session, with the pipe installed as an administrator would.
 
+A second, larger Open WebUI (`big_host`) starts when a test asks for it.
 Everything is kept in `.e2e/` until the next run: the server's log, its database, screenshots.
 """
 
@@ -11,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from openrouter_responses_pipe.webui import PIPE_FILE, SimulatorServer, WebUIClient, WebUIServer
+from openrouter_responses_pipe.webui import SimulatorServer, WebUIServer
+from tests.e2e.big_host import BigHost, running_big_host
 from tests.e2e.driver import Tab
-from tests.e2e.host import KEY, MODEL, ROOT, WEBUI_PYTHON, Host
+from tests.e2e.host import NO_PIP, ROOT, WEBUI_PYTHON, Host, set_up
 from tests.e2e.tool_servers import ToolServers, tool_servers
 from tests.e2e.upstream import Upstream
+from tests.engines import PostgresServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -46,24 +49,33 @@ def upstream(folder: Path) -> Iterator[Upstream]:
 
 
 @pytest.fixture(scope="session")
-def host(folder: Path, upstream: Upstream) -> Iterator[Host]:
-    """Start Open WebUI where pip installs are disabled, with the pipe's file installed over HTTP."""
+def webui_python() -> Path:
+    """Return the interpreter that has Open WebUI."""
     if not WEBUI_PYTHON.exists():
         pytest.fail("Open WebUI is not installed: `make e2e` installs it.")
-    server = WebUIServer(folder / "open-webui", python=WEBUI_PYTHON)
+    return WEBUI_PYTHON
+
+
+@pytest.fixture(scope="session")
+def host(folder: Path, upstream: Upstream, webui_python: Path) -> Iterator[Host]:
+    """Start Open WebUI where pip installs are disabled, with the pipe's file installed over HTTP."""
+    server = WebUIServer(folder / "open-webui", python=webui_python)
     try:
-        server.launch({"ENABLE_PIP_INSTALL_FRONTMATTER_REQUIREMENTS": "false"})
+        server.launch(NO_PIP)
         server.wait_ready()
-        admin = WebUIClient(server.url)
-        admin.signup("Admin", "admin@example.com", "a long enough password")
-        user = admin.add_user("Ursula", "user@example.com", "another long password")
-        admin.install_function(PIPE_FILE.read_text(encoding="utf-8"))
-        admin.set_valves({"API_KEY": KEY, "BASE_URL": upstream.base_url})
-        admin.models(refresh=True)
-        admin.open_to_everyone(MODEL, "GPT-5 Mini")
+        admin, user = set_up(server, upstream.base_url)
         yield Host(server, admin, user, upstream.base_url)
     finally:
         server.stop()
+
+
+@pytest.fixture(scope="session")
+def big_host(
+    folder: Path, upstream: Upstream, webui_python: Path, postgres: PostgresServer
+) -> Iterator[BigHost]:
+    """Start Open WebUI with two workers on PostgreSQL and Redis, and the pipe in it."""
+    with running_big_host(folder / "big-host", upstream.base_url, webui_python, postgres) as running:
+        yield running
 
 
 @pytest.fixture(scope="session")
