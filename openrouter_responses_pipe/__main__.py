@@ -1,4 +1,4 @@
-"""The command line: `simulate`, `run`, `install`, `chat` and `models`.
+"""The command line: `simulate`, `run`, `install`, `chat`, `models` and `artifacts`.
 
 Needs the standard library only until a command is chosen: `install` works with any Python 3.11, and
 `run` looks for Open WebUI before it loads anything.
@@ -117,7 +117,62 @@ def _parser() -> argparse.ArgumentParser:
     models.add_argument("--key", default="", help="an API key (default: $OPENROUTER_API_KEY); not needed")
     models.add_argument("--base-url", default="", help=f"where the API is (default: {OPENROUTER_URL})")
     models.set_defaults(command=list_models)
+
+    artifacts = commands.add_parser(
+        "artifacts", help="look after what the pipe keeps in Open WebUI's database"
+    )
+    _add_artifact_commands(artifacts.add_subparsers(required=True, metavar="command"))
     return parser
+
+
+def _add_artifact_commands(commands: Any) -> None:
+    """Add `stats`, `prune` and `verify`, with what all of them take."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--database",
+        default=os.environ.get("DATABASE_URL", ""),
+        metavar="URL",
+        help="Open WebUI's database, such as sqlite:////path/to/webui.db (default: $DATABASE_URL)",
+    )
+    common.add_argument(
+        "--schema",
+        default=os.environ.get("DATABASE_SCHEMA", ""),
+        help="where in it the tables are (default: $DATABASE_SCHEMA)",
+    )
+    common.add_argument("--id", default=webui.FUNCTION_ID, help="the function's id (default: %(default)s)")
+    common.add_argument("--json", action="store_true", help="print JSON")
+
+    stats = commands.add_parser("stats", parents=[common], help="how much is kept, and how old it is")
+    stats.set_defaults(command=manage_artifacts, what="stats")
+
+    prune = commands.add_parser("prune", parents=[common], help="delete what nobody needs any more")
+    prune.add_argument("--days", type=_days, help="what nobody has used for so many days (1 at least)")
+    prune.add_argument(
+        "--deleted-chats", action="store_true", help="what is of chats that Open WebUI does not have any more"
+    )
+    prune.add_argument("--dry-run", action="store_true", help="delete nothing, say what would be deleted")
+    prune.set_defaults(command=manage_artifacts, what="prune")
+
+    verify = commands.add_parser(
+        "verify", parents=[common], help="open everything; ends with 1 if that fails"
+    )
+    verify.add_argument(
+        "--secret",
+        action="append",
+        help="the server's secret key, also several times (default: $WEBUI_SECRET_KEY)",
+    )
+    verify.add_argument(
+        "--artifact-key",
+        default="",
+        help="what the valve ARTIFACT_ENCRYPTION_KEY holds (default: $ARTIFACT_ENCRYPTION_KEY)",
+    )
+    verify.set_defaults(command=manage_artifacts, what="verify")
+
+
+def _days(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError("a whole number of days, 1 at least, is expected")
+    return int(text)
 
 
 # ── install ───────────────────────────────────────────────────────────
@@ -458,6 +513,28 @@ def _models_as_json(specs: Sequence[ModelSpec]) -> str:
         entry["can"] = [name for name, has in MODEL_ABILITIES.items() if has(spec)]
         entries.append(entry)
     return json.dumps(entries, indent=2, default=sorted, ensure_ascii=False)
+
+
+# ── artifacts ─────────────────────────────────────────────────────────
+
+
+def manage_artifacts(args: argparse.Namespace) -> int:
+    """Look into the table of artifacts, or delete from it."""
+    if not args.database:
+        print("Name Open WebUI's database with --database or in DATABASE_URL.", file=sys.stderr)
+        return USAGE
+    if args.what == "prune" and args.days is None and not args.deleted_chats:
+        print("Say what to delete: --days, --deleted-chats or both.", file=sys.stderr)
+        return USAGE
+    logging.disable(logging.WARNING)  # what it says is for a server's log
+    _without_open_webui()
+    from openrouter_responses_pipe import artifacts
+
+    try:
+        return OK if artifacts.run(args) else FAILED
+    except artifacts.CommandError as error:
+        print(error, file=sys.stderr)
+        return FAILED
 
 
 if __name__ == "__main__":

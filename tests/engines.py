@@ -256,7 +256,7 @@ def redis_server(folder: Path, *, appendonly: bool = False) -> Iterator[RedisSer
 # ── The host's engine ─────────────────────────────────────────────────
 
 # those of Open WebUI 0.12, when nothing is set
-_SQLITE_PRAGMAS: Final = {
+SQLITE_PRAGMAS: Final = {
     "journal_mode": "WAL",
     "synchronous": "NORMAL",
     "busy_timeout": 5000,
@@ -284,7 +284,7 @@ def create_host_engine(url: str) -> AsyncEngine:
 
 def _set_pragmas(connection: Any, _record: object) -> None:
     cursor = connection.cursor()
-    for name, value in _SQLITE_PRAGMAS.items():
+    for name, value in SQLITE_PRAGMAS.items():
         cursor.execute(f"PRAGMA {name}={value}")
     cursor.close()
 

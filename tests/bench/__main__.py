@@ -1,5 +1,5 @@
-"""`python -m tests.bench [--quick]`: what loading, the model list, a long chat, a round of tools, streaming
-and size cost.
+"""`python -m tests.bench [--quick]`: what loading, the model list, a long chat, a round of tools, keeping
+artifacts, streaming and size cost.
 
 Each figure stands beside its limit; ends with 1 when one is over it. `--quick` takes fewer and shorter
 rounds: good enough to see a change of a third, not to judge one of a tenth.
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest_bootstrap  # noqa: F401 - the stand-in for the host
 from openrouter_responses_pipe.webui import SimulatorServer
-from tests.bench import catalog, history, loading, scale, streaming, tools
+from tests.bench import artifacts, catalog, history, loading, scale, streaming, tools
 from tests.bench.report import HEADER, Figure
 
 ROUNDS, QUICK_ROUNDS = 7, 3
-PARTS = ("loading", "catalog", "history", "tools", "streaming", "scale")
+PARTS = ("loading", "catalog", "history", "tools", "artifacts", "streaming", "scale")
 
 
 def _say(text: str) -> None:
@@ -67,6 +67,8 @@ def main() -> int:
         figures += history.figures(rounds, _say)
     if "tools" in wanted:
         figures += asyncio.run(tools.figures(rounds, _say))
+    if "artifacts" in wanted:
+        figures += asyncio.run(artifacts.figures(rounds, args.quick, _say))
     if {"streaming", "scale"} & set(wanted):
         figures += _streams(wanted, rounds, args.quick)
     _say("")
