@@ -9283,9 +9283,9 @@ def _storage_errors() -> Iterator[None]:
     """Whatever a database says, as a StorageError with its kind; never with what was in the statement."""
     try:
         yield
-    except (SQLAlchemyError, sqlite3.Error, OSError, ValueError) as exc:
+    except (SQLAlchemyError, sqlite3.Error, OSError, ValueError, OverflowError) as exc:
         origin = getattr(exc, "orig", None) or exc
-        words = _LINE_BREAKS_RE.sub(" ", str(origin))
+        words = str(origin).partition("\n")[0]  # the lines below may say what is in a row
         raise StorageError(f"{type(origin).__name__}: {_cut_text(words, 200)}") from None
 
 
@@ -9294,7 +9294,7 @@ def _table_prefix(pipe_id: str) -> str:
     plain = re.sub(r"[^a-z0-9_]", "_", pipe_id)[:40]
     if plain == pipe_id:
         return f"pipe_{plain}"
-    return f"pipe_{plain[:31]}_{hashlib.sha256(pipe_id.encode()).hexdigest()[:8]}"
+    return f"pipe_{plain[:31]}${hashlib.sha256(pipe_id.encode()).hexdigest()[:8]}"
 
 
 def _column(name: str) -> sa.Column[Any]:
@@ -9320,21 +9320,20 @@ class ArtifactTable:
             sa.Column("name", sa.String(64), primary_key=True),
             sa.Column("version", sa.Integer, nullable=False),
         )
-        make = _INSERTS.get(self._engine.dialect.name)
-        self._insert = make(self.table).on_conflict_do_nothing() if make else sa.insert(self.table)
+        self._insert = _insert_new(self._engine.dialect.name, self.table)
         self._name = self._engine.dialect.identifier_preparer.format_table(self.table)
 
-    async def create(self) -> None:
+    async def create(self, now: float) -> None:
         """Make what is not there and bring an older table forward; safe in several workers at once."""
         with _storage_errors():
             async with self._engine.begin() as connection:
                 for table in (self._versions, self.table):
                     await connection.execute(CreateTable(table, if_not_exists=True))
-                await connection.run_sync(self._migrate)
+                await connection.run_sync(self._migrate, now)
                 for index in self.table.indexes:
                     await connection.execute(CreateIndex(index, if_not_exists=True))
 
-    def _migrate(self, connection: sa.Connection) -> None:
+    def _migrate(self, connection: sa.Connection, now: float) -> None:
         """Add the columns that are missing, as in an older version. What a newer one has is left as it is."""
         there = sa.inspect(connection).get_columns(self.table.name, schema=self.table.schema)
         known = {column["name"] for column in there}
@@ -9342,12 +9341,15 @@ class ArtifactTable:
             if column.name not in known:
                 definition = CreateColumn(column).compile(dialect=connection.dialect)
                 connection.execute(sa.DDL(f"ALTER TABLE {self._name} ADD COLUMN {definition}"))
+                if column.name in ("created_at", "last_used_at"):  # nobody knows; not long ago, then
+                    connection.execute(sa.update(self.table).values({column.name: now}))
         # Written each time: whether that can be done has to be known, too.
-        of_ours = self._versions.c.name == "artifacts"
-        version = connection.scalar(sa.select(self._versions.c.version).where(of_ours)) or 0
-        connection.execute(sa.delete(self._versions).where(of_ours))
-        newest = max(version, _ARTIFACTS_VERSION)
-        connection.execute(sa.insert(self._versions), {"name": "artifacts", "version": newest})
+        version = self._versions.c.version
+        of_ours = {"name": "artifacts", "version": _ARTIFACTS_VERSION}
+        connection.execute(_insert_new(connection.dialect.name, self._versions), of_ours)
+        older = sa.update(self._versions).where(self._versions.c.name == "artifacts")
+        newest = sa.case((version > _ARTIFACTS_VERSION, version), else_=_ARTIFACTS_VERSION)
+        connection.execute(older.values(version=newest))
 
     async def insert(self, rows: Sequence[ArtifactRow]) -> None:
         """Add rows, all or none; what is there already stays as it is."""
@@ -9426,6 +9428,12 @@ class ArtifactTable:
         with _storage_errors():
             async with self._engine.connect() as connection:
                 return (await connection.execute(statement)).all()
+
+
+def _insert_new(dialect: str, table: sa.Table) -> Any:
+    """What is there already stays as it is."""
+    make = _INSERTS.get(dialect)
+    return make(table).on_conflict_do_nothing() if make else sa.insert(table)
 
 
 def _damaged(ulid: str) -> ArtifactRow:
@@ -9774,10 +9782,11 @@ class ArtifactStore:
             table = self._table = ArtifactTable(database, self._pipe_id)
             for number in itertools.count():
                 try:
-                    await table.create()
+                    await table.create(self._now())
                     break
                 except StorageError as exc:
-                    self._note_outage(exc)
+                    if number:  # the first time it may have been another worker, at the same moment
+                        self._note_outage(exc)
                 longest_s = min(_OPEN_S, 0.1 * 2 ** min(number, 10))
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._is_open = True
@@ -9816,7 +9825,10 @@ class ArtifactStore:
         settings = self._settings
         if settings is None or self._closed:
             raise StorageError("The store is not open")
-        raws = [_json_dumps(payload.data) for payload in payloads]
+        try:
+            raws = [_json_dumps(payload.data) for payload in payloads]
+        except (TypeError, ValueError, RecursionError):
+            raise StorageError("This is no JSON") from None
         if max(map(len, raws), default=0) > _MAX_ARTIFACT_BYTES:
             raise StorageError(f"This is larger than {_megabytes(_MAX_ARTIFACT_BYTES)}")
         now = self._now()
@@ -9843,11 +9855,18 @@ class ArtifactStore:
     async def _write(self, rows: Sequence[ArtifactRow]) -> None:
         """Have rows written, with those of other chats that wait at the same time."""
         await self._opened()
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append((rows, written))
-        if self._writing is None:
+        most = self._settings.batch if self._settings else 1
+        parts = [rows[start : start + most] for start in range(0, len(rows), most)]
+        written = [asyncio.get_running_loop().create_future() for _ in parts]
+        self._waiting.extend(zip(parts, written, strict=True))
+        self._write_soon()
+        for outcome in await asyncio.gather(*written, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _write_soon(self) -> None:
+        if self._writing is None and self._waiting:
             self._writing = self._in_background(self._write_waiting())
-        await written
 
     async def _write_waiting(self) -> None:
         try:
@@ -9861,6 +9880,7 @@ class ArtifactStore:
                 await self._write_batch(batch)
         finally:
             self._writing = None
+            self._write_soon()
 
     async def _write_batch(self, batch: Sequence[tuple[Sequence[ArtifactRow], asyncio.Future[None]]]) -> None:
         """One statement for all; if that fails, one for each: a bad row must not take others with it."""
@@ -9889,15 +9909,14 @@ class ArtifactStore:
     async def load(self, ulids: Sequence[str], user_id: str, chat_id: str) -> LoadedArtifacts:
         """What there is of these artifacts of this person; whatever fails, the rest is given back."""
         now = self._clock()
-        found: JSONObject = {}
-        for ulid in dict.fromkeys(ulids[:_MOST_LOADED]):
-            raw = self._recent.get((user_id, chat_id, ulid), now)
-            found[ulid] = None if raw is None else _json_loads(raw)
+        wanted = dict.fromkeys(ulids[:_MOST_LOADED])
+        raws = {ulid: self._recent.get((user_id, chat_id, ulid), now) for ulid in wanted}
+        found: JSONObject = {ulid: _json_loads(raw) for ulid, raw in raws.items() if raw is not None}
         settings = self._settings
         lost: set[str] = set()
         used: list[ArtifactRow] = []
         for ask in (self._from_cache, self._from_table, self._from_pending) if settings else ():
-            missing = [ulid for ulid, value in found.items() if value is None]
+            missing = [ulid for ulid in wanted if ulid not in found]
             if not missing:
                 break
             try:
@@ -9910,13 +9929,15 @@ class ArtifactStore:
             read = await _in_thread(work, sum(len(row.payload) for row in rows))
             lost.update(row.ulid for row in rows)
             self._note_unreadable([row for row in rows if row.ulid not in read])
-            used += [row for row in rows if row.ulid in read]
-            for ulid, (raw, value) in read.items():
-                self._recent.put((user_id, chat_id, ulid), raw, now)
-                found[ulid] = value
-        self._note_use(used, chat_id)
-        there = {ulid: value for ulid, value in found.items() if value is not None}
-        return LoadedArtifacts(there, len(lost - there.keys()))
+            for row in rows:
+                if row.ulid in read:
+                    raw, found[row.ulid] = read[row.ulid]
+                    used.append(row)
+                    if row.chat_id == chat_id:  # else it is not this chat's before it has a copy
+                        self._recent.put((user_id, chat_id, row.ulid), raw, now)
+        if _is_kept_chat(chat_id):
+            self._note_use(used, chat_id)
+        return LoadedArtifacts(found, len(lost - found.keys()))
 
     async def _from_cache(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
         return [] if self._buffer is None else await self._buffer.get(ulids, user_id)
@@ -9976,7 +9997,8 @@ class ArtifactStore:
             await asyncio.sleep(every_s * random.uniform(0.5, 1.0))
             if not await self._host.is_active(self._pipe_id):
                 continue
-            with self._host.only_one(f"artifacts-{self._pipe_id}") as mine, contextlib.suppress(StorageError):
+            what = f"artifacts-{_table_prefix(self._pipe_id)}"
+            with self._host.only_one(what) as mine, contextlib.suppress(StorageError):
                 if mine and (deleted := await self.prune()):
                     LOGGER.info("%d artifacts that nobody needs any more were deleted", deleted)
 
@@ -9992,6 +10014,9 @@ class ArtifactStore:
                     await self._buffer.aclose()
                 if self._writing is not None:
                     await asyncio.wait((self._writing,))
+        left = self._tasks - {asyncio.current_task(), self._opening}
+        if left:
+            await asyncio.wait(left, timeout=_AT_ONCE_S)
         left = [task for task in self._tasks if task is not asyncio.current_task()]
         for task in left:
             task.cancel()
