@@ -9654,9 +9654,7 @@ class RedisWriteBehind:
         self._has_warned = waiting > self._warn_at
 
     async def aclose(self) -> None:
-        """Move what waits, in the time there is."""
-        with contextlib.suppress(*_REDIS_ERRORS):
-            await self.flush()
+        """Write what this worker has put into Redis; what others have, they will move."""
         await self._rescue()
 
     def _key(self, name: str) -> str:
@@ -9943,8 +9941,11 @@ class ArtifactStore:
         return [] if self._buffer is None else await self._buffer.get(ulids, user_id)
 
     async def _from_table(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
-        table = self._table or await self._opened()
+        await self._first_try()
         self._check_rest("read")
+        table = self._table
+        if table is None:
+            return []
         return await self._within(_LOAD_S, "read", table.select(ulids, user_id, chat_id))
 
     async def _from_pending(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
@@ -10029,16 +10030,20 @@ class ArtifactStore:
         Raises:
             StorageError: it cannot, or has just kept somebody else waiting.
         """
+        await self._first_try()
+        self._check_rest("write")
+        if self._table is None or not self._is_open:
+            raise StorageError("The database is not open")
+        return self._table
+
+    async def _first_try(self) -> None:
+        """Wait until the table is there, or could not be opened once."""
         if self._opening is not None and not self._tried.is_set():
             try:
                 async with asyncio.timeout(_OPEN_S):
                     await self._tried.wait()
             except TimeoutError:
                 self._note_outage(StorageError(f"opening it takes longer than {_OPEN_S:g} s"))
-        self._check_rest("write")
-        if self._table is None or not self._is_open:
-            raise StorageError("The database is not open")
-        return self._table
 
     def _check_rest(self, what: Literal["read", "write"]) -> None:
         if self._clock() < self._rests_until.get(what, -math.inf):

@@ -146,7 +146,8 @@ class World:
     def run(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
         """What the database says when somebody else asks it; each `?` is a value."""
         if self.url.startswith("sqlite"):
-            with contextlib.closing(sqlite3.connect(make_url(self.url).database or "")) as file, file:
+            path = make_url(self.url).database or ""
+            with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE_S)) as file, file:
                 return file.execute(statement, values).fetchall()
         with connected(self.url) as connection:
             cursor = connection.execute(statement.replace("?", "%s").encode(), values or None)
@@ -672,12 +673,11 @@ async def test_what_the_database_says_gives_nobody_away(
 ) -> None:
     """The log of a server is read by people who may not read chats."""
     store = await world.worker()
-    world.run(f"CREATE UNIQUE INDEX one_each ON {TABLE} (user_id)")
-    await store.save([entry("x", "ada@example.org")])
+    world.refuse("user_id", "ada@example.org")
     with pytest.raises(StorageError) as caught:
         await store.save([entry("x", "ada@example.org")])
     for said in (str(caught.value), caplog.text):
-        assert "one_each" in said
+        assert "refused" in said
         assert "ada@example.org" not in said
 
 
@@ -1042,11 +1042,11 @@ def names_of(pipe_id: str) -> list[str]:
 @examples(max_examples=150, deadline=None)
 @given(st.sets(st.text(st.characters(codec="utf-8"), max_size=50), min_size=2, max_size=2))
 def test_names_of_tables(pipe_ids: set[str]) -> None:
-    """They need no quotes, fit into PostgreSQL's 63 bytes, and are of one function only."""
+    """They fit into PostgreSQL's 63 bytes, and are of one function only."""
     first, second = map(names_of, pipe_ids)
     assert not set(first) & set(second)
     for name in (*first, *second):
-        assert re.fullmatch(r"(ix_)?pipe_[a-z0-9_]{0,60}", name)
+        assert re.fullmatch(r"(ix_)?pipe_[a-z0-9_$]{0,60}", name)
         assert len(name) <= 63
 
 
@@ -1368,7 +1368,7 @@ async def test_use_is_not_noted_each_time(world: World) -> None:
         await later.load([ulid], "ada", "chat")
         await world.aclose(later)
     assert [row.last_used_at for row in world.rows()] == [NOON]
-    assert not any(each.startswith("UPDATE") for each in world.statements)
+    assert not any(each.startswith("UPDATE") and TABLE in each for each in world.statements)
 
 
 @DIRECT
