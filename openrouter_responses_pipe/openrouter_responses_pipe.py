@@ -9945,7 +9945,7 @@ class ArtifactStore:
         self._check_rest("read")
         table = self._table
         if table is None:
-            return []
+            raise StorageError("There is no database")
         return await self._within(_LOAD_S, "read", table.select(ulids, user_id, chat_id))
 
     async def _from_pending(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
