@@ -328,8 +328,8 @@ def _problem(row: pipe.ArtifactRow, ciphers: Mapping[str, pipe.ArtifactCipher]) 
     if row.codec not in ("json", *pipe._DECOMPRESS):
         return "a newer version has written it"
     try:
-        pipe._json_loads(pipe._unpacked(row, ciphers.get(row.key_id) or pipe.ArtifactCipher("", "")))
-    except (pipe.StorageError, ValueError):
+        pipe._unpacked(row, ciphers.get(row.key_id) or pipe.ArtifactCipher("", ""))
+    except pipe.StorageError:
         return "it is damaged"
     return ""
 

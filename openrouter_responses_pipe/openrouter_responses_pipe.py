@@ -9578,7 +9578,7 @@ class RedisWriteBehind:
                 return 0
         moved = 0
         try:
-            while count := await self._move_batch():
+            while not _is_cancelled() and (count := await self._move_batch()):
                 moved += count
         except StorageError as exc:
             LOGGER.info("rows wait in Redis: %s", exc)
@@ -9783,7 +9783,7 @@ class ArtifactStore:
                     await table.create(self._now())
                     break
                 except StorageError as exc:
-                    if number:  # the first time it may have been another worker, at the same moment
+                    if number > 1:  # before, it may have been other workers, at the same moment
                         self._note_outage(exc)
                 longest_s = min(_OPEN_S, 0.1 * 2 ** min(number, 10))
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
