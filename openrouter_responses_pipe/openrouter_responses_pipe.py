@@ -9755,6 +9755,8 @@ class ArtifactStore:
         self._writing: asyncio.Task[None] | None = None
         self._services: dict[str, asyncio.Task[None]] = {}
         self._tasks: set[asyncio.Task[Any]] = set()
+        # Of its own: the host's may all be waiting for a storage that hangs.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix=f"artifacts of {pipe_id}")
         self._closed = False
 
     def open(self, settings: ArtifactSettings) -> None:
@@ -9836,7 +9838,7 @@ class ArtifactStore:
             given = zip(payloads, raws, ulids, strict=True)
             return [_packed(payload, raw, ulid, settings, now) for payload, raw, ulid in given]
 
-        rows = await _in_thread(pack, sum(map(len, raws)))
+        rows = await _in_thread(pack, sum(map(len, raws)), self._threads)
         await self._within(_SAVE_S, "write", self._persist_artifacts(rows))
         for payload, raw, ulid in zip(payloads, raws, ulids, strict=True):
             self._recent.put((payload.user_id, payload.chat_id, ulid), raw, self._clock())
@@ -9913,7 +9915,8 @@ class ArtifactStore:
         settings = self._settings
         lost: set[str] = set()
         used: list[ArtifactRow] = []
-        for ask in (self._from_cache, self._from_table, self._from_pending) if settings else ():
+        sources = (self._from_cache, self._from_table, self._from_pending)
+        for ask in sources if settings and not self._closed else ():
             missing = [ulid for ulid in wanted if ulid not in found]
             if not missing:
                 break
@@ -9924,7 +9927,7 @@ class ArtifactStore:
                 lost.update(missing)
                 continue
             work = functools.partial(_readable, rows, cast(ArtifactSettings, settings).cipher)
-            read = await _in_thread(work, sum(len(row.payload) for row in rows))
+            read = await _in_thread(work, sum(len(row.payload) for row in rows), self._threads)
             lost.update(row.ulid for row in rows)
             self._note_unreadable([row for row in rows if row.ulid not in read])
             for row in rows:
@@ -9941,12 +9944,14 @@ class ArtifactStore:
         return [] if self._buffer is None else await self._buffer.get(ulids, user_id)
 
     async def _from_table(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
-        await self._first_try()
         self._check_rest("read")
-        table = self._table
-        if table is None:
+        return await self._within(_LOAD_S, "read", self._selected(ulids, user_id, chat_id))
+
+    async def _selected(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
+        await self._first_try()
+        if self._table is None:
             raise StorageError("There is no database")
-        return await self._within(_LOAD_S, "read", table.select(ulids, user_id, chat_id))
+        return await self._table.select(ulids, user_id, chat_id)
 
     async def _from_pending(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
         return [] if self._buffer is None else await self._buffer.pending(ulids, user_id)
@@ -10023,6 +10028,7 @@ class ArtifactStore:
             task.cancel()
         if left:
             await asyncio.wait(left, timeout=_CLEANUP_S)
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _opened(self) -> ArtifactTable:
         """The table, as soon as it can be written.
@@ -10106,9 +10112,11 @@ class ArtifactStore:
             LOGGER.error("%s: unexpected error", task.get_name(), exc_info=error)
 
 
-async def _in_thread(work: Callable[[], T], size: int) -> T:
+async def _in_thread(work: Callable[[], T], size: int, threads: Executor | None = None) -> T:
     """Do more than a little work, of so many bytes, elsewhere: the tokens of other chats wait for it."""
-    return await asyncio.to_thread(work) if size > _THREAD_BYTES else work()
+    if size <= _THREAD_BYTES:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(threads, work)
 
 
 async def _quietly(work: Awaitable[Any]) -> None:
