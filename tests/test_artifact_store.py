@@ -180,7 +180,8 @@ class World:
                 "BEGIN SELECT RAISE(ABORT, 'refused'); END"
             )
         else:
-            self.run(f"ALTER TABLE {TABLE} ADD CONSTRAINT refused CHECK ({column} <> '{value}')")
+            check = f"CHECK ({column} <> '{value}') NOT VALID"  # what is there may stay
+            self.run(f"ALTER TABLE {TABLE} ADD CONSTRAINT refused {check}")
 
     def allow(self) -> None:
         """Take back what `refuse` has said."""
