@@ -301,7 +301,7 @@ async def _verify(found: Artifacts, args: argparse.Namespace) -> bool:
     while page := await found.table.rows(last, _ROWS_AT_ONCE):
         last = page[-1].ulid, page[-1].chat_id
         rows += len(page)
-        problems.update((problem, row.key_id) for row in page if (problem := _problem(row, ciphers)))
+        problems.update((problem, str(row.key_id)) for row in page if (problem := _problem(row, ciphers)))
     bad = [
         {"reason": reason, "key": key_id, "rows": count}
         for (reason, key_id), count in sorted(problems.items())

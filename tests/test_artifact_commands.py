@@ -182,7 +182,7 @@ async def test_what_is_kept_is_counted_by_kind_age_and_key(
 
 
 async def test_an_empty_table_is_no_error(artifacts: Command, database: AsyncEngine, url: str) -> None:
-    await ArtifactTable(Database(database), "openrouter").create(0.0)
+    await ArtifactTable(Database(database), "openrouter").create(time.time())
     assert (await artifacts.facts("stats", url))["rows"] == 0
     assert await artifacts("verify", url) == (0, "All 0 rows can be read.\n", "")
 

@@ -287,7 +287,7 @@ class Large:
             host_database.use(engine)
             await host_database.create(Chat, ChatMessage)
             table = module.ArtifactTable(module.Database(engine), PIPE_ID)
-            await table.create(0.0)
+            await table.create(time.time())
             self._table = table.table.name
         talks = await asyncio.to_thread(self._fill, rounds * LOADS + BUSY_CHATS)
         async with host_engine(self._url) as engine:  # without what the making has left in memory
