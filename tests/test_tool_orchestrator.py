@@ -1029,7 +1029,7 @@ def test_a_schema_cannot_occupy_the_server(case: str) -> None:
         env={"PYTHONPATH": str(folder)},
         capture_output=True,
         text=True,
-        timeout=3,
+        timeout=20,
     )
     assert ran.stdout == "over\n"
 

@@ -141,7 +141,7 @@ def test_a_number_at_the_end_of_a_long_name_is_no_trap(names: list[str]) -> None
         cwd=folder,
         capture_output=True,
         text=True,
-        timeout=3,
+        timeout=20,
     )
     assert len(set(json.loads(ran.stdout))) == len(names)
 
