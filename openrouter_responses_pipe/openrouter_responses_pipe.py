@@ -9692,6 +9692,7 @@ _FLUSH_S: Final = 1.0  # the longest that a row waits when nobody is told of it
 _FLUSH_LOCK_S: Final = 10.0
 _UNCONFIRMED_S: Final = 20.0
 _MOST_PENDING: Final = 10_000
+_CANCEL_TRIES: Final = 20
 _AT_ONCE_S: Final = 1.0  # a failure that takes longer is that of a database that does not answer
 
 
@@ -9787,7 +9788,7 @@ class ArtifactStore:
                 except StorageError as exc:
                     if number > 1:  # before, it may have been other workers, at the same moment
                         self._note_outage(exc)
-                longest_s = min(_OPEN_S, 0.1 * 2 ** min(number, 10))
+                longest_s = min(_RETRY_S, 0.1 * 2 ** min(number, 10))
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._is_open = True
             self._tried.set()
@@ -10013,21 +10014,21 @@ class ArtifactStore:
         self._closed = True
         for task in self._services.values():
             task.cancel()
-        self._services.clear()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLEANUP_S):
                 if self._buffer is not None:
                     await self._buffer.aclose()
                 if self._writing is not None:
                     await asyncio.wait((self._writing,))
-        left = self._tasks - {asyncio.current_task(), self._opening}
-        if left:
+        me = {asyncio.current_task()}
+        if left := self._tasks - me - {self._opening, *self._services.values()}:
             await asyncio.wait(left, timeout=_AT_ONCE_S)
-        left = [task for task in self._tasks if task is not asyncio.current_task()]
-        for task in left:
-            task.cancel()
-        if left:
-            await asyncio.wait(left, timeout=_CLEANUP_S)
+        for _ in range(_CANCEL_TRIES):  # what an answer of Redis swallows has to be said again
+            left = [task for task in self._tasks - me if not task.done()]
+            for task in left:
+                task.cancel()
+            if left:
+                await asyncio.wait(left, timeout=0.1)
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _opened(self) -> ArtifactTable:
@@ -10142,7 +10143,8 @@ _TOUCH_S: Final = 86_400.0
 _THREAD_BYTES: Final = 4 * 1024
 _SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
 _LOAD_S: Final = 3.0
-_OPEN_S: Final = 2.0  # what the first may wait for the table; the longest from one try to the next
+_OPEN_S: Final = 2.0  # what the first may wait for the table
+_RETRY_S: Final = 0.5  # the longest from one try to open it to the next
 _OPEN_AGAIN_S: Final = 10.0
 _MOST_LOADED: Final = 5_000  # of one history, the latest of it first
 _PRUNE_BATCH: Final = 200
