@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator
 from typing import Any, Final
 
 import pytest
+import redis
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 from openrouter_responses_pipe.openrouter_responses_pipe import (
@@ -22,6 +23,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Pipe,
 )
 from openrouter_responses_pipe.simulator import Simulator
+from tests.engines import RedisServer
 from tests.support import Answer, arguments, call, inferences, running_pipe, set_valves
 from tests.test_artifact_store import KEY, TABLE, ULID, World, until
 from tests.test_reasoning_replay import (
@@ -208,6 +210,25 @@ async def test_another_worker_replays(
     assert talk.notices == []
 
 
+async def test_another_worker_replays_through_redis(
+    world: World, simulator: Simulator, redis_of_host: RedisServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server with two workers and a Redis; nobody has to switch anything on."""
+    for name, value in {"REDIS_URL": redis_of_host.url, "UVICORN_WORKERS": "2"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
+    talk, ulids = Talk(simulator), list[str]()
+    async with running_pipe(simulator.base_url) as worker:
+        for number in (1, 2, 3):
+            ulids.append(ulid_in(await talk.ask(worker, thought(number), message(str(number)))))
+        with redis.Redis.from_url(redis_of_host.url) as client:
+            assert [key for key in client.scan_iter() if ulids[-1] in str(key)], "it did not go through Redis"
+        async with running_pipe(simulator.base_url) as other:
+            ulids.append(ulid_in(await talk.ask(other, thought(4), message("4"))))
+    assert sent_back(simulator) == [thought(number) for number in (1, 2, 3)]
+    assert [row.ulid for row in await world.written(*ulids)] == ulids
+
+
 @pytest.mark.parametrize("dialect", ["browser", "browser_json"])
 async def test_in_the_page_the_table_keeps_it(
     dialect: str, pipe: Pipe, simulator: Simulator, world: World
@@ -307,7 +328,7 @@ async def test_a_fork_of_ones_own(pipe: Pipe, simulator: Simulator, world: World
     await fork.ask(pipe, thought(3), message("3"))
     assert sent_back(simulator) == [thought(1), thought(2)]
     await until(lambda: len(world.rows()) == 5)
-    world.run(f"DELETE FROM {TABLE} WHERE chat_id = 'chat'")
+    await world.change(f"DELETE FROM {TABLE} WHERE chat_id = 'chat'")
     async with running_pipe(simulator.base_url) as other:
         await fork.ask(other, message("4"))
     assert sent_back(simulator) == [thought(1), thought(2), thought(3)]
@@ -403,9 +424,9 @@ async def test_a_row_that_the_database_refuses_rides_along(
 ) -> None:
     talk = Talk(simulator)
     ulid_in(await talk.ask(pipe, thought(1), message("a")))
-    world.refuse("chat_id", "chat")
+    await world.refuse("chat_id", "chat")
     assert carried(await talk.ask(pipe, thought(2), message("b"))).keys() == {"sealed"}
-    world.allow()
+    await world.allow()
     await talk.ask(pipe, message("c"))
     assert sent_back(simulator) == [thought(1), thought(2)]
     assert talk.notices == []
@@ -417,7 +438,7 @@ async def test_a_table_that_is_dropped_costs_no_answer(
     """What was just used is still at hand; from then on the rows of new answers are kept again."""
     talk = Talk(simulator)
     await talk.ask(pipe, thought(1), message("a"))
-    world.drop()
+    await world.drop()
     await talk.ask(pipe, thought(2), message("b"))
     await talk.ask(pipe, thought(3), message("c"))
     assert sent_back(simulator) == [thought(1), thought(2)]
@@ -464,7 +485,7 @@ async def test_a_record_that_somebody_has_put_into_the_table(
     for value in odd:
         raw = json.dumps(value).encode()
         changes = f"payload = ?, codec = 'json', key_id = '', raw_bytes = {len(raw)}"
-        world.run(f"UPDATE {TABLE} SET {changes} WHERE ulid = ?", raw, ulid)
+        await world.change(f"UPDATE {TABLE} SET {changes} WHERE ulid = ?", raw, ulid)
         async with running_pipe(simulator.base_url) as other:
             await talk.fork("chat").ask(other, message("b"))
         assert sent_back(simulator) == []

@@ -19,6 +19,7 @@ import re
 import sqlite3
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from pathlib import Path
@@ -79,6 +80,11 @@ async def until(found: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
             if result := found():
                 return result
             await asyncio.sleep(0.01)
+
+
+def bug(reason: str) -> pytest.MarkDecorator:
+    """What does not hold yet."""
+    return pytest.mark.xfail(strict=True, reason=reason)
 
 
 def entry(data: Any, user: str = "ada", chat: str = "chat", **more: Any) -> ArtifactPayload:
@@ -145,7 +151,10 @@ class World:
                 closing = {task for task in closing | lost if not task.done()}
 
     def run(self, statement: str, *values: Any) -> list[tuple[Any, ...]]:
-        """What the database says when somebody else asks it; each `?` is a value."""
+        """What the database says when somebody else asks it; each `?` is a value.
+
+        Not for what may have to wait for a worker: those are all in this thread.
+        """
         if self.url.startswith("sqlite"):
             path = make_url(self.url).database or ""
             with contextlib.closing(sqlite3.connect(path, timeout=PATIENCE_S)) as file, file:
@@ -153,6 +162,10 @@ class World:
         with connected(self.url) as connection:
             cursor = connection.execute(statement.replace("?", "%s").encode(), values or None)
             return cursor.fetchall() if cursor.description else []
+
+    async def change(self, statement: str, *values: Any) -> None:
+        """Change what is in the database, as soon as nobody is in the way."""
+        await asyncio.to_thread(self.run, statement, *values)
 
     def rows(self, table: str = TABLE) -> list[ArtifactRow]:
         """The rows of a pipe, oldest first."""
@@ -168,25 +181,27 @@ class World:
 
         return await until(there, patience_s)
 
-    def drop(self) -> None:
+    async def drop(self) -> None:
         """Take the table away under everybody."""
-        self.run(f"DROP TABLE {TABLE}")
+        await self.change(f"DROP TABLE {TABLE}")
 
-    def refuse(self, column: str, value: str) -> None:
+    async def refuse(self, column: str, value: str) -> None:
         """From now on the database takes no artifact that has this there."""
         if self.url.startswith("sqlite"):
-            self.run(
+            await self.change(
                 f"CREATE TRIGGER refused BEFORE INSERT ON {TABLE} WHEN NEW.{column} = '{value}' "
                 "BEGIN SELECT RAISE(ABORT, 'refused'); END"
             )
         else:
             check = f"CHECK ({column} <> '{value}') NOT VALID"  # what is there may stay
-            self.run(f"ALTER TABLE {TABLE} ADD CONSTRAINT refused {check}")
+            await self.change(f"ALTER TABLE {TABLE} ADD CONSTRAINT refused {check}")
 
-    def allow(self) -> None:
+    async def allow(self) -> None:
         """Take back what `refuse` has said."""
         is_sqlite = self.url.startswith("sqlite")
-        self.run("DROP TRIGGER refused" if is_sqlite else f"ALTER TABLE {TABLE} DROP CONSTRAINT refused")
+        await self.change(
+            "DROP TRIGGER refused" if is_sqlite else f"ALTER TABLE {TABLE} DROP CONSTRAINT refused"
+        )
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -509,7 +524,7 @@ async def test_a_fork_has_rows_of_its_own(world: World) -> None:
         assert second.created_at >= first.created_at
         fields = {"chat_id": "chat", "created_at": first.created_at, "last_used_at": first.last_used_at}
         assert second._replace(**fields) == first
-    world.run(f"DELETE FROM {TABLE} WHERE chat_id = 'chat'")
+    await world.change(f"DELETE FROM {TABLE} WHERE chat_id = 'chat'")
     later = await world.worker(uses_redis=False)
     assert (await later.load(ulids, "ada", "fork")).found == dict(zip(forked, "ab", strict=True))
     loads = [store.load(ulids, "ada", "fork of the fork") for store in (later, later, await world.worker())]
@@ -546,10 +561,10 @@ async def test_a_copy_for_a_fork_that_failed_is_made_later(
     """A database that cannot write for a moment must not cost the fork its rows."""
     one, other = await world.worker(), await world.worker()
     (ulid,) = await one.save([entry("a")])
-    world.refuse("chat_id", "fork")
+    await world.refuse("chat_id", "fork")
     assert (await other.load([ulid], "ada", "fork")).found == {ulid: "a"}
     await until(lambda: caplog.records)
-    await asyncio.to_thread(world.allow)  # which waits for whoever writes
+    await world.allow()
     other.open(world.settings)
     assert (await other.load([ulid], "ada", "fork")).found == {ulid: "a"}
     await world.aclose(other)
@@ -677,11 +692,23 @@ async def test_a_row_that_cannot_be_written_does_not_hold_up_others_in_redis(wor
     """One chat must not keep the rows of all others out of the database."""
     store = await world.worker()
     await world.written(*await store.save([entry("first")]))
-    world.refuse("message_id", "bad")
+    await world.refuse("message_id", "bad")
     ids = ["bad" if number == 4 else "fine" for number in range(25)]
     saves = [store.save([entry(number, message_id=text)]) for number, text in enumerate(ids)]
     ulids = [saved[0] for saved in await asyncio.gather(*saves)]
     await world.written(*ulids[:4], *ulids[5:], patience_s=5.0)
+
+
+@bug("a batch of which no row can be written stays at the head of the list for ever")
+@only(database_url="sqlite", cache="redis", codec="lz4")
+async def test_many_rows_that_cannot_be_written_do_not_hold_up_others_in_redis(world: World) -> None:
+    """Also where a batch has no other rows."""
+    store = await world.worker(batch=2)
+    await world.written(*await store.save([entry("first")]))
+    await world.refuse("message_id", "bad")
+    for number in range(5):
+        await store.save([entry(number, message_id="bad")])
+    await world.written(*await store.save([entry("last")]), patience_s=5.0)
 
 
 @SERVER
@@ -690,7 +717,7 @@ async def test_what_the_database_says_gives_nobody_away(
 ) -> None:
     """The log of a server is read by people who may not read chats."""
     store = await world.worker()
-    world.refuse("user_id", "ada@example.org")
+    await world.refuse("user_id", "ada@example.org")
     with pytest.raises(StorageError) as caught:
         await store.save([entry("x", "ada@example.org")])
     for said in (str(caught.value), caplog.text):
@@ -706,7 +733,7 @@ async def test_what_was_just_used_is_there_while_the_table_is_away(world: World)
     ulids = await one.save([entry(number) for number in range(3)])
     await world.written(*ulids)
     await other.load(ulids[:2], "ada", "chat")
-    world.drop()
+    await world.drop()
     assert (await one.load(ulids, "ada", "chat")) == LoadedArtifacts(dict(zip(ulids, range(3), strict=True)))
     assert (await one.load([*ulids, NOBODY], "ada", "chat")).found.keys() == set(ulids)
     assert (await other.load(ulids[:2], "ada", "chat")).found.keys() == set(ulids[:2])
@@ -719,7 +746,7 @@ async def test_what_is_at_hand_is_of_one_chat(world: World) -> None:
     """Else a fork would never get rows of its own."""
     one = await world.worker()
     ulids = await one.save([entry(number) for number in range(3)])
-    world.drop()
+    await world.drop()
     assert await one.load(ulids, "ada", "fork") == LoadedArtifacts({}, 3)
     one.open(world.settings)
     assert (await one.load(ulids, "ada", "chat")).found.keys() == set(ulids)
@@ -733,7 +760,7 @@ async def test_what_is_at_hand_is_bounded(world: World) -> None:
     (tiny,) = await store.save([entry("tiny")])
     assert (await store.load([first], "ada", "chat")).found.keys() == {first}
     (third,) = await store.save([entry(large)])
-    world.drop()
+    await world.drop()
     loaded = await store.load([first, second, tiny, third], "ada", "chat")
     assert loaded.found.keys() == {first, tiny, third}
     assert loaded.unreadable == 1
@@ -745,7 +772,7 @@ async def test_a_table_that_was_dropped_is_there_again_with_the_next_request(
 ) -> None:
     store = await world.worker()
     await store.save([entry("before")])
-    world.drop()
+    await world.drop()
     with pytest.raises(StorageError):
         await store.save([entry("lost")])
     assert [record.levelname for record in caplog.records] == ["WARNING"]
@@ -765,8 +792,8 @@ async def test_a_table_that_was_dropped_is_there_again_with_the_next_request(
 async def test_what_redis_has_is_there_while_the_table_is_away(world: World) -> None:
     """Redis took it, and has it: a worker whose database fails can still have it from there."""
     one, other = await world.worker(), await world.worker()
-    world.drop()
-    world.run(f"CREATE VIEW {TABLE} AS SELECT 1 AS one")  # and cannot be made anew
+    await world.drop()
+    await world.change(f"CREATE VIEW {TABLE} AS SELECT 1 AS one")  # and cannot be made anew
     assert (await other.load([NOBODY], "ada", "chat")).unreadable == 1
     (ulid,) = await one.save([entry("x")])
     other.open(world.settings)
@@ -884,7 +911,7 @@ async def test_a_key_that_is_gone_loses_only_what_it_has_sealed(
 # Rows that somebody has changed
 
 
-def swap(world: World, column: str, first: str, second: str) -> None:
+async def swap(world: World, column: str, first: str, second: str) -> None:
     """Exchange what two rows have there."""
     values = {
         ulid: world.run(f"SELECT {column} FROM {TABLE} WHERE ulid = ?", ulid)[0] for ulid in (first, second)
@@ -895,7 +922,7 @@ def swap(world: World, column: str, first: str, second: str) -> None:
     else:
         steps = [(*values[second], first), (*values[first], second)]
     for step in steps:
-        world.run(f"UPDATE {TABLE} SET {marks} WHERE ulid = ?", *step)
+        await world.change(f"UPDATE {TABLE} SET {marks} WHERE ulid = ?", *step)
 
 
 @DIRECT
@@ -906,7 +933,7 @@ async def test_rows_that_were_swapped_cannot_be_read(world: World) -> None:
     columns = ("payload", "ulid", "payload, codec, raw_bytes", "payload, key_id")
     for column, more in itertools.product(columns, ("", "x" * 1_000)):
         pair = await one.save([entry(letter + more) for letter in "ab"])
-        swap(world, column, *pair)
+        await swap(world, column, *pair)
         swapped += pair
     assert len(world.rows()) == 17
     assert await other.load([*swapped, *kept], "ada", "chat") == LoadedArtifacts({kept[0]: "kept"}, 16)
@@ -916,7 +943,7 @@ async def test_rows_that_were_swapped_cannot_be_read(world: World) -> None:
 async def test_a_row_that_was_given_to_somebody_else_cannot_be_read(world: World) -> None:
     one, other = await world.worker(), await world.worker()
     (ulid,) = await one.save([entry("a")])
-    world.run(f"UPDATE {TABLE} SET user_id = 'bob'")
+    await world.change(f"UPDATE {TABLE} SET user_id = 'bob'")
     assert await other.load([ulid], "bob", "chat") == LoadedArtifacts({}, 1)
     assert await other.load([ulid], "ada", "chat") == LoadedArtifacts()
 
@@ -928,7 +955,7 @@ async def test_a_row_of_another_pipe_cannot_be_read(world: World) -> None:
     other = await world.worker()
     (ulid,) = await one.save([entry("a")])
     assert await other.load([ulid], "ada", "chat") == LoadedArtifacts()
-    world.run(f"INSERT INTO {TABLE} SELECT * FROM pipe_theirs_artifacts")
+    await world.change(f"INSERT INTO {TABLE} SELECT * FROM pipe_theirs_artifacts")
     assert await other.load([ulid], "ada", "chat") == LoadedArtifacts({}, 1)
 
 
@@ -957,7 +984,7 @@ async def test_damaged_rows_are_counted_and_nothing_else(world: World, codec: st
     for ulid, (case, changes) in zip(bad, DAMAGE.items(), strict=True):
         changes = {"codec": "lz4"} if (case, codec) == ("compressed in another way", "zlib") else changes
         marks = ", ".join(f"{name} = ?" for name in changes)
-        world.run(f"UPDATE {TABLE} SET {marks} WHERE ulid = ?", *changes.values(), ulid)
+        await world.change(f"UPDATE {TABLE} SET {marks} WHERE ulid = ?", *changes.values(), ulid)
     for ulid, case in zip(bad, DAMAGE, strict=True):
         assert await other.load([ulid], "ada", "chat") == LoadedArtifacts({}, 1), case
     assert await other.load([*bad, good], "ada", "chat") == LoadedArtifacts({good: "good"}, len(bad))
@@ -969,7 +996,7 @@ async def test_a_row_that_says_less_than_it_holds_is_counted(world: World) -> No
     one, other = await world.worker(), await world.worker()
     (ulid,) = await one.save([entry("x" * 1_000)])
     for size in (0, 1, 5, 1_001):
-        world.run(f"UPDATE {TABLE} SET raw_bytes = ?", size)
+        await world.change(f"UPDATE {TABLE} SET raw_bytes = ?", size)
         assert await other.load([ulid], "ada", "chat") == LoadedArtifacts({}, 1)
 
 
@@ -991,7 +1018,7 @@ async def test_a_damaged_file_spoils_one_row(world: World, case: str) -> None:
     one, other = await world.worker(), await world.worker()
     bad, good = await one.save([entry("x" * 1_000), entry("good")])
     ((name, value),) = ODD_VALUES[case].items()
-    world.run(f"UPDATE {TABLE} SET {name} = ? WHERE ulid = ?", value, bad)
+    await world.change(f"UPDATE {TABLE} SET {name} = ? WHERE ulid = ?", value, bad)
     loaded = await other.load([bad, good], "ada", "chat")
     assert loaded.found[good] == "good"
 
@@ -1000,7 +1027,7 @@ async def test_a_damaged_file_spoils_one_row(world: World, case: str) -> None:
 async def test_what_is_not_sealed_and_damaged_is_counted(world: World) -> None:
     one, other = await world.worker(sealed_kinds=frozenset()), await world.worker()
     bad, good = await one.save([entry("thought"), entry("good")])
-    world.run(f"UPDATE {TABLE} SET payload = ? WHERE ulid = ?", b"[[[[[[[[[", bad)
+    await world.change(f"UPDATE {TABLE} SET payload = ? WHERE ulid = ?", b"[[[[[[[[[", bad)
     assert await other.load([bad, good], "ada", "chat") == LoadedArtifacts({good: "good"}, 1)
 
 
@@ -1105,12 +1132,12 @@ async def old_row(world: World, dropped: Iterable[str], version: int | None) -> 
     (ulid,) = await store.save([entry("kept long ago")])
     await world.aclose(store)
     for column in dropped:
-        world.run(f"DROP INDEX IF EXISTS ix_pipe_openrouter_{column}")
-        world.run(f"ALTER TABLE {TABLE} DROP COLUMN {column}")
+        await world.change(f"DROP INDEX IF EXISTS ix_pipe_openrouter_{column}")
+        await world.change(f"ALTER TABLE {TABLE} DROP COLUMN {column}")
     if version is None:
-        world.run(f"DELETE FROM {VERSIONS}")
+        await world.change(f"DELETE FROM {VERSIONS}")
     else:
-        world.run(f"UPDATE {VERSIONS} SET version = ?", version)
+        await world.change(f"UPDATE {VERSIONS} SET version = ?", version)
     return ulid
 
 
@@ -1175,7 +1202,7 @@ async def test_the_first_question_waits_until_the_table_was_brought_forward(worl
 async def test_a_table_of_a_newer_version_is_used_and_left_alone(world: World) -> None:
     """Two versions of this file may run at once, while servers are updated one by one."""
     ulid = await old_row(world, [], 99)
-    world.run(f"ALTER TABLE {TABLE} ADD COLUMN future VARCHAR NOT NULL DEFAULT 'x'")
+    await world.change(f"ALTER TABLE {TABLE} ADD COLUMN future VARCHAR NOT NULL DEFAULT 'x'")
     store = await world.worker()
     (newer,) = await store.save([entry("new")])
     other = await world.worker()
@@ -1503,7 +1530,7 @@ async def test_rows_are_deleted_in_small_batches(world: World) -> None:
 @DIRECT
 async def test_a_clean_up_that_fails_says_so(world: World) -> None:
     store = await world.worker()
-    world.drop()
+    await world.drop()
     with pytest.raises(StorageError):
         await store.prune()
 
@@ -1595,10 +1622,10 @@ async def test_one_worker_cleans_at_a_time(
 async def test_a_clean_up_that_failed_is_tried_again(world: World, littered: Clock, asked: Asked) -> None:
     store = await world.worker(now=littered, cleanup_s=0.01)
     await until(lambda: world.rows() == [])
-    world.run(f"ALTER TABLE {TABLE} RENAME TO away")
+    await world.change(f"ALTER TABLE {TABLE} RENAME TO away")
     times = asked.times
     await until(lambda: asked.times >= times + 3)
-    world.run(f"ALTER TABLE away RENAME TO {TABLE}")
+    await world.change(f"ALTER TABLE away RENAME TO {TABLE}")
     await store.save([entry("x")])
     littered.now += 91 * DAY
     await until(lambda: world.rows() == [])
@@ -1619,7 +1646,7 @@ async def test_a_store_ends_soon(world: World) -> None:
 
     busy = asyncio.create_task(be_busy())
     try:
-        for number in range(15):
+        for number in range(8):
             before = asyncio.all_tasks()
             store = await world.worker()
             await store.save([entry(number)])
@@ -1630,6 +1657,30 @@ async def test_a_store_ends_soon(world: World) -> None:
     finally:
         busy.cancel()
         await asyncio.wait((busy,))
+
+
+@bug("closing breaks off the statement that makes the table; its thread finds no loop any more")
+def test_a_store_that_is_closed_while_it_opens(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At any moment: what it has begun in the host's database ends before the server does."""
+    told: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: told.append(repr(args.exc_value)))
+
+    async def open_and_close(delay: float) -> None:
+        async with host_engine(sqlite_url) as engine:
+            host_database.use(engine)
+            store = ArtifactStore(OpenWebUIHost(), PIPE)
+            store.open(ArtifactSettings(KEY))
+            await asyncio.sleep(delay)
+            await store.aclose()
+            host_database.reset()
+
+    before = threading.enumerate()
+    for number in range(60):
+        asyncio.run(open_and_close(number * 0.0002))
+        for thread in threading.enumerate():
+            if thread not in before:
+                thread.join(PATIENCE_S)
+    assert told == []
 
 
 # What the valves say
