@@ -47,9 +47,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import bisect
 import codecs
 import contextlib
 import contextvars
+import copy
 import fnmatch
 import functools
 import hashlib
@@ -63,19 +65,21 @@ import logging
 import math
 import mimetypes
 import os
+import queue
 import random
 import re
 import secrets
 import socket
 import sqlite3
 import sys
+import threading
 import time
 import traceback
 import types
 import uuid
 import weakref
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncGenerator,
     Awaitable,
@@ -190,6 +194,7 @@ _DOWNLOAD_S: Final = 30.0
 _SNIFFED_BYTES: Final = 2_048
 _MAX_TOOL_NAME: Final = 64
 _CUT_MARK_CHARS: Final = 60
+_QUEUE_MAXSIZE: Final = 500  # requests that wait because too many run
 _TOOL_QUEUE: Final = 50  # calls of one request that wait for a worker
 _CANCEL_S: Final = 1.0  # what a tool may take to end when it is told to
 _MEGABYTE: Final = 1024 * 1024
@@ -211,6 +216,7 @@ _BASE64_HEAD_RE: Final = re.compile(r"[A-Za-z0-9+/]{2,64}={0,2}")
 _ID_RE: Final = re.compile(r"[\w.:@-]{1,200}")
 _EMPTY_BRACKETS_RE: Final = re.compile(r"\(\s*\)|\[\s*\]")
 _MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
+_UNPRINTABLE_RE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
 _IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
 _PLAIN_WORD_RE: Final = re.compile(r"[a-z]+(?:[ ,;!?]|\.?$)")  # no model id, no path, no name of a parameter
@@ -242,8 +248,33 @@ _ULID_RE: Final = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _UUID_RE: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
+
+class _FileLogger(logging.Logger):
+    """The logger of one load of this file: a load that still answers while another begins has its own.
+
+    While nobody has taken its lines they go to the server's logger of the same name.
+    """
+
+    def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - so it is called
+        """Whether somebody takes lines of this level."""
+        return bool(self.handlers) or logging.getLogger(self.name).isEnabledFor(level)
+
+    def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Give a line to whoever takes them, else to the server's log."""
+        for handler in tuple(self.handlers):
+            handler.handle(record)
+        if not self.handlers:
+            self.pass_on(record)
+
+    def pass_on(self, record: logging.LogRecord) -> None:
+        """Give a line to the server's log, if that one shows its level."""
+        public = logging.getLogger(self.name)
+        if public.isEnabledFor(record.levelno):
+            public.handle(record)
+
+
 # Every line we log goes through this one
-LOGGER: Final = logging.getLogger("openrouter_responses_pipe")
+LOGGER: Final = _FileLogger("openrouter_responses_pipe")
 
 _SEPARATORS: Final = " ·•|–—-,;:/"
 
@@ -775,6 +806,7 @@ class ChatRequest(NamedTuple):
     model: str
     chat_id: str = ""
     message_id: str = ""
+    session_id: str = ""  # of the page
     user_id: str = ""
     is_admin: bool = False
     is_task: bool = False  # a title, tags …: nobody reads anything but the text
@@ -787,20 +819,30 @@ class ChatRequest(NamedTuple):
 
 
 class _PipeJob:
-    """One chat request on its way through the runtime."""
+    """One chat request on its way through the runtime.
 
-    __slots__ = ("emitter", "ended_by", "outlet", "request", "request_id", "task", "valves")
+    `remarks` are said before anything else, `tally` counts what it took, `at_end` is called when it is over.
+    """
+
+    __slots__ = (
+        *("at_end", "context", "emitter", "ended_by", "outlet", "remarks", "request", "request_id"),
+        *("tally", "task", "valves"),
+    )
 
     def __init__(
-        self, request: ChatRequest, valves: Valves, emitter: Emitter, outlet: Outlet, request_id: str
+        self, request: ChatRequest, valves: Valves, emitter: Emitter, outlet: Outlet, context: LogContext
     ) -> None:
         self.request = request
         self.valves = valves
         self.emitter = emitter
         self.outlet = outlet
-        self.request_id = request_id
+        self.context = context
+        self.request_id = context.request
+        self.remarks: tuple[Notice, ...] = ()
+        self.tally: Counter[str] = Counter()
         self.task: asyncio.Task[None] | None = None
         self.ended_by: PipeError | None = None  # why the runtime cancelled it
+        self.at_end: Callable[[], None] | None = None
 
 
 class _QueuedToolCall(NamedTuple):
@@ -1645,6 +1687,15 @@ def _cut_text(text: str, most_chars: int) -> str:
     return f"{text[:head]}{mark}{text[len(text) - (kept - head) :]}"
 
 
+async def _end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
+    """End tasks of ours, within a few seconds."""
+    left = [task for task in tasks if not task.done()]
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_CLEANUP_S)
+
+
 def _drop_oldest(kept: dict[Any, Any], most: int) -> None:
     """Leave the `most` entries that were added last."""
     while len(kept) > most:
@@ -2206,8 +2257,161 @@ def _is_forgiven(error: Any) -> bool:
 
 
 # ── 5. Session logging ───────────────────────────────────────────────────────
-# (empty)
-# Will hold: log lines that know their request, and the log of a failed request for its admin.
+# Lines that know whose they are: kept for a while, and written without anybody waiting for it.
+# Promise: a log that is slow or broken holds up no chat; what people see of it holds no key and no id.
+# Doc: docs/session_logging.md   Tests: tests/test_session_logging.py
+
+
+class LogContext(NamedTuple):
+    """Whose lines these are. `level` is the least that goes to the server's log, `owner` takes them."""
+
+    session: str = ""
+    user: str = ""
+    request: str = ""
+    level: int = logging.INFO
+    owner: Any = None
+
+    @property
+    def marks(self) -> str:
+        """What stands at the end of each line; nothing where it is nobody's."""
+        named = {"request": self.request, "user": self.user, "session": self.session}
+        words = ", ".join(f"{name} {value}" for name, value in named.items() if value)
+        return f" [{words}]" if self.request else ""
+
+
+_LOG_CONTEXT: Final = contextvars.ContextVar("openrouter_log", default=LogContext())  # noqa: B039 - a tuple
+
+
+class SessionLog(NamedTuple):
+    """The latest lines of one session as (request, line), and when it was used by the logger's clock."""
+
+    lines: deque[tuple[str, str]]
+    used_at: float
+
+
+class SessionLogger(logging.Handler):
+    """Takes the lines of `LOGGER`: into the ring of their session at once, to the server's log by a thread.
+
+    Rings have every line, the server's log those of `level` and above. `clock` gives seconds that only grow.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self.logs: OrderedDict[str, SessionLog] = OrderedDict()
+        self.least = logging.INFO  # of lines that are of no request
+        self._clock = clock
+        self._waiting: queue.Queue[logging.LogRecord | threading.Event | None] = queue.Queue(_MOST_LOG_LINES)
+        self._dropped = 0
+        self._thread: threading.Thread | None = None
+
+    @contextlib.contextmanager
+    def bind(self, context: LogContext, most_lines: int) -> Iterator[None]:
+        """What is logged inside, also by tasks that are made there, is of `context`."""
+        self.cleanup()
+        known = self.logs.pop(context.session, None)
+        lines = known.lines if known is not None else deque[tuple[str, str]]()
+        if lines.maxlen != most_lines:
+            lines = deque(lines, most_lines)
+        self.logs[context.session] = SessionLog(lines, self._clock())
+        token = _LOG_CONTEXT.set(context._replace(owner=self))
+        try:
+            yield
+        finally:
+            _LOG_CONTEXT.reset(token)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Take a line; of several loggers (of a runtime that ends and one that has begun) only one does."""
+        context, there = _LOG_CONTEXT.get(), LOGGER.handlers
+        owner = context.owner if context.owner in there else next(iter(there), self)
+        if owner is not self:
+            return
+        text = _UNPRINTABLE_RE.sub(" ", record.getMessage())
+        log = self.logs.get(context.session) if context.request else None
+        if log is not None:
+            log.lines.append((context.request, _log_line(record, text)))
+        if record.levelno >= (context.level if context.request else self.least):
+            self._enqueue(record, text + context.marks)
+
+    def _enqueue(self, record: logging.LogRecord, text: str) -> None:
+        """Hand a line to the thread; where it does not come along, lines are dropped and counted."""
+        line = copy.copy(record)
+        line.msg, line.args = text, None
+        if self._dropped:
+            line.msg = f"{text} (before this line {self._dropped} were dropped: the log is too slow)"
+        try:
+            self._waiting.put_nowait(line)
+            self._dropped = 0
+        except queue.Full:
+            self._dropped += 1
+
+    def flush_for_citation(self, context: LogContext) -> str:
+        """The lines of one request for people to read: without keys, ids and addresses."""
+        log = self.logs.get(context.session)
+        lines = [line for request, line in log.lines if request == context.request] if log else []
+        text = "\n".join(lines)
+        for own in filter(None, (context.user, context.session)):
+            text = text.replace(own, "[…]")
+        return _UUID_RE.sub("[…]", _IDS_RE.sub("[…]", text))
+
+    def cleanup(self) -> None:
+        """Forget sessions that nobody has used for an hour, and the oldest of very many."""
+        before = self._clock() - _SESSION_LOG_S
+        while self.logs and (
+            len(self.logs) > _MOST_SESSION_LOGS or next(iter(self.logs.values())).used_at < before
+        ):
+            self.logs.popitem(last=False)
+
+    def start(self) -> None:
+        """Take over from the loggers of the server, and write to them from a thread. Idempotent."""
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._run, name="openrouter log", daemon=True)
+            self._thread.start()
+            LOGGER.addHandler(self)
+
+    def stop(self) -> None:
+        """Take nothing more; the thread ends when it has written what waits. Idempotent."""
+        LOGGER.removeHandler(self)
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            with contextlib.suppress(queue.Full):  # the log hangs: the thread dies with the process
+                self._waiting.put_nowait(None)
+
+    def flush(self) -> None:
+        """Wait until what was logged before is written, for a second at most."""
+        written = threading.Event()
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(written, timeout=_LOG_FLUSH_S)
+            written.wait(_LOG_FLUSH_S if self._thread is not None else 0.0)
+
+    # Three functions deep, so that the server's log finds one of this file where it looks for the caller.
+    def _run(self) -> None:
+        while (line := self._waiting.get()) is not None:
+            self._write(line)
+
+    def _write(self, line: logging.LogRecord | threading.Event) -> None:
+        if isinstance(line, threading.Event):
+            line.set()
+        else:
+            LOGGER.pass_on(line)
+
+
+def _log_line(record: logging.LogRecord, text: str) -> str:
+    """A line as people read it, cut where it is very long; of an error also where it came from."""
+    seconds = time.strftime("%H:%M:%S", time.gmtime(record.created))
+    if record.exc_info and record.exc_info[0] is not None:
+        text += "\n" + "".join(traceback.format_exception(*record.exc_info))
+    return f"{seconds}.{record.msecs:03.0f} {record.levelname} {_cut(text)}"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _MOST_LINE_CHARS else text[:_MOST_LINE_CHARS] + " …"
+
+
+_MOST_LOG_LINES: Final = 10_000  # that wait for the server's log
+_MOST_LINE_CHARS: Final = 4_000
+_MOST_SESSION_LOGS: Final = 500
+_SESSION_LOG_S: Final = 3600.0
+_LOG_FLUSH_S: Final = 1.0
 
 
 # ── 6. Valves ────────────────────────────────────────────────────────────────
@@ -2299,394 +2503,344 @@ def _clamp(valve: FieldInfo, value: Any) -> int | float | None:
     return round(number) if valve.annotation is int else number
 
 
-_SECRET_INPUT: Final[JSONObject] = {"input": {"type": "password"}}
+def _valve(default: Any, description: str, low: float | None = None, high: float | None = None) -> Any:
+    return Field(default=default, description=description, ge=low, le=high)
+
+
+def _secret(description: str) -> Any:
+    """A valve that is sealed, and shown as a password."""
+    shown: JSONObject = {"input": {"type": "password"}}
+    return Field(default=EncryptedStr(""), description=description, json_schema_extra=shown)
 
 
 class _ConnectionValves:
     # The groups are plain classes: only the model at their end is built, once.
-    API_KEY: EncryptedStr = Field(
-        default=EncryptedStr(""),
-        description="OpenRouter API key (sk-or-…). Stored encrypted if the server has a WEBUI_SECRET_KEY.",
-        json_schema_extra=_SECRET_INPUT,
+    API_KEY: EncryptedStr = _secret(
+        "OpenRouter API key (sk-or-…). Stored encrypted if the server has a WEBUI_SECRET_KEY."
     )
-    BASE_URL: str = Field(default="https://openrouter.ai/api/v1", description="Address of the API.")
-    ALLOW_USER_API_KEYS: bool = Field(default=False, description="Let users enter a key of their own.")
-    CONNECT_TIMEOUT_SECONDS: int = Field(
-        default=10, ge=1, le=60, description="Seconds to wait for a connection."
+    BASE_URL: str = _valve("https://openrouter.ai/api/v1", "Address of the API.")
+    ALLOW_USER_API_KEYS: bool = _valve(False, "Let users enter a key of their own.")
+    CONNECT_TIMEOUT_SECONDS: int = _valve(10, "Seconds to wait for a connection.", 1, 60)
+    TIMEOUT: int = _valve(
+        300, "Seconds of complete silence after which a request counts as failed.", 10, 3600
     )
-    TIMEOUT: int = Field(
-        default=300,
-        ge=10,
-        le=3600,
-        description="Seconds of complete silence after which a request counts as failed.",
+    REQUEST_DEADLINE_SECONDS: int = _valve(3600, "Seconds for one whole answer; 0 = no limit.", 0, 86400)
+    RETRY_ATTEMPTS: int = _valve(
+        3, "Further tries after a passing failure, while nothing was shown yet.", 0, 10
     )
-    REQUEST_DEADLINE_SECONDS: int = Field(
-        default=3600, ge=0, le=86400, description="Seconds for one whole answer; 0 = no limit."
+    RETRY_MAX_WAIT_SECONDS: int = _valve(
+        30, "Longest wait before another try; a longer one is shown as an error.", 1, 300
     )
-    RETRY_ATTEMPTS: int = Field(
-        default=3,
-        ge=0,
-        le=10,
-        description="Further tries after a passing failure, while nothing was shown yet.",
+    APP_URL: str = _valve("", "Sent as HTTP-Referer; empty = Open WebUI's own address.")
+    APP_TITLE: str = _valve("Open WebUI", "Sent as the application's name.")
+    APP_CATEGORIES: str = _valve(
+        "general-chat", "What the application is for, in OpenRouter's terms: a comma list of two at most."
     )
-    RETRY_MAX_WAIT_SECONDS: int = Field(
-        default=30,
-        ge=1,
-        le=300,
-        description="Longest wait before another try; a longer one is shown as an error.",
-    )
-    APP_URL: str = Field(default="", description="Sent as HTTP-Referer; empty = Open WebUI's own address.")
-    APP_TITLE: str = Field(default="Open WebUI", description="Sent as the application's name.")
-    APP_CATEGORIES: str = Field(
-        default="general-chat",
-        description="What the application is for, in OpenRouter's terms: a comma list of two at most.",
-    )
-    SUPPORT_CONTACT: str = Field(default="", description="Whom to ask for help; shown under error messages.")
+    SUPPORT_CONTACT: str = _valve("", "Whom to ask for help; shown under error messages.")
 
 
 class _ModelValves(_ConnectionValves):
-    MODEL_ID: str = Field(
-        default="auto", description="Models of the menu: auto = all, or a comma list of ids, * allowed."
+    MODEL_ID: str = _valve("auto", "Models of the menu: auto = all, or a comma list of ids, * allowed.")
+    EXCLUDE_KEYWORDS: str = _valve(
+        "", "Models whose id or name holds one of these words are left out: a comma list."
     )
-    EXCLUDE_KEYWORDS: str = Field(
-        default="", description="Models whose id or name holds one of these words are left out: a comma list."
+    FREE_MODEL_FILTER: Literal["all", "only", "exclude"] = _valve(
+        "all", "Free models: show all models, only the free ones, or none of them."
     )
-    FREE_MODEL_FILTER: Literal["all", "only", "exclude"] = Field(
-        default="all", description="Free models: show all models, only the free ones, or none of them."
+    TOOL_CALLING_FILTER: Literal["all", "only", "exclude"] = _valve(
+        "all", "Models that can call tools: show all, only these, or none of them."
     )
-    TOOL_CALLING_FILTER: Literal["all", "only", "exclude"] = Field(
-        default="all", description="Models that can call tools: show all, only these, or none of them."
+    ZDR_MODELS_ONLY: bool = _valve(
+        False,
+        "Only models that a provider without data retention serves (which one answers, the account's "
+        "settings at OpenRouter decide).",
     )
-    ZDR_MODELS_ONLY: bool = Field(
-        default=False,
-        description="Only models that a provider without data retention serves (which one answers, the "
-        "account's settings at OpenRouter decide).",
+    MIN_CONTEXT: int = _valve(0, "Smallest context of a model shown, in tokens; 0 = any.", 0, 100_000_000)
+    MAX_PRICE: float = _valve(
+        0.0,
+        "Highest price of a model shown, in US dollars per million output tokens; 0 = any.",
+        0.0,
+        1_000_000.0,
     )
-    MIN_CONTEXT: int = Field(
-        default=0, ge=0, le=100_000_000, description="Smallest context of a model shown, in tokens; 0 = any."
+    HIDE_EXPIRING_DAYS: int = _valve(
+        0, "Leave out models that go away within so many days; 0 = none.", 0, 365
     )
-    MAX_PRICE: float = Field(
-        default=0.0,
-        ge=0.0,
-        le=1_000_000.0,
-        description="Highest price of a model shown, in US dollars per million output tokens; 0 = any.",
+    VARIANT_MODELS: str = _valve(
+        "",
+        "Models shown besides, filters or not: a comma list of ids with a shortcut or preset, such as "
+        "openai/gpt-5:nitro or @preset/brief.",
     )
-    HIDE_EXPIRING_DAYS: int = Field(
-        default=0, ge=0, le=365, description="Leave out models that go away within so many days; 0 = none."
+    MODEL_SORT: Literal["name", "newest", "price", "context"] = _valve(
+        "name", "Order of the menu: by name, newest, cheapest or largest context first."
     )
-    VARIANT_MODELS: str = Field(
-        default="",
-        description=(
-            "Models shown besides, filters or not: a comma list of ids with a shortcut or preset, such as "
-            "openai/gpt-5:nitro or @preset/brief."
-        ),
+    MODEL_NAME_FORMAT: str = _valve(
+        "{name}", "Name of a model in the menu; filled in: {name}, {id}, {vendor}, {price}, {context}."
     )
-    MODEL_SORT: Literal["name", "newest", "price", "context"] = Field(
-        default="name", description="Order of the menu: by name, newest, cheapest or largest context first."
+    MODEL_CATALOG_REFRESH_SECONDS: int = _valve(
+        3600, "Seconds after which the list of models is renewed.", 60, 86400
     )
-    MODEL_NAME_FORMAT: str = Field(
-        default="{name}",
-        description="Name of a model in the menu; filled in: {name}, {id}, {vendor}, {price}, {context}.",
+    ACCOUNT_MODELS_ONLY: bool = _valve(
+        False, "Only models that the privacy and provider settings of the key's account allow."
     )
-    MODEL_CATALOG_REFRESH_SECONDS: int = Field(
-        default=3600, ge=60, le=86400, description="Seconds after which the list of models is renewed."
+    SYNC_MODEL_METADATA: Literal["off", "capabilities", "all"] = _valve(
+        "capabilities",
+        "What Open WebUI is told of each model in the menu. capabilities: what it can do; all: also "
+        "description, price, tags and an icon. What you change there stays; off takes everything back.",
     )
-    ACCOUNT_MODELS_ONLY: bool = Field(
-        default=False,
-        description="Only models that the privacy and provider settings of the key's account allow.",
-    )
-    SYNC_MODEL_METADATA: Literal["off", "capabilities", "all"] = Field(
-        default="capabilities",
-        description=(
-            "What Open WebUI is told of each model in the menu. capabilities: what it can do; all: also "
-            "description, price, tags and an icon. What you change there stays; off takes everything back."
-        ),
-    )
-    NEW_MODEL_ACCESS: Literal["admins", "everyone"] = Field(
-        default="admins",
-        description=(
-            "Who sees the models whose access nobody has set in Open WebUI; with SYNC_MODEL_METADATA off, "
-            "administrators only."
-        ),
+    NEW_MODEL_ACCESS: Literal["admins", "everyone"] = _valve(
+        "admins",
+        "Who sees the models whose access nobody has set in Open WebUI; with SYNC_MODEL_METADATA off, "
+        "administrators only.",
     )
 
 
 class _StreamingValves(_ModelValves):
-    STREAMING_UPDATE_PROFILE: Literal["auto", "quick", "normal", "slow", "custom"] = Field(
-        default="auto",
-        description="How often text reaches the page. auto = at once; custom = the two valves below.",
+    STREAMING_UPDATE_PROFILE: Literal["auto", "quick", "normal", "slow", "custom"] = _valve(
+        "auto", "How often text reaches the page. auto = at once; custom = the two valves below."
     )
-    STREAMING_UPDATE_CHAR_LIMIT: int = Field(
-        default=20, ge=10, le=500, description="Profile custom: this many characters leave at once."
+    STREAMING_UPDATE_CHAR_LIMIT: int = _valve(
+        20, "Profile custom: this many characters leave at once.", 10, 500
     )
-    STREAMING_IDLE_FLUSH_MS: int = Field(
-        default=250, ge=0, le=2000, description="Profile custom: milliseconds that fewer characters may wait."
+    STREAMING_IDLE_FLUSH_MS: int = _valve(
+        250, "Profile custom: milliseconds that fewer characters may wait.", 0, 2000
     )
-    SHOW_THINKING: bool = Field(default=True, description="Show the model's reasoning.")
-    SHOW_FINAL_USAGE_STATUS: bool = Field(
-        default=True, description="Show time, tokens and cost when an answer is complete."
+    SHOW_THINKING: bool = _valve(True, "Show the model's reasoning.")
+    SHOW_FINAL_USAGE_STATUS: bool = _valve(True, "Show time, tokens and cost when an answer is complete.")
+    STREAMING_CHUNK_QUEUE_MAXSIZE: int = _valve(
+        100, "Network reads that may wait to be decoded, for one answer.", 1, 10_000
     )
-    STREAMING_CHUNK_QUEUE_MAXSIZE: int = Field(
-        default=100, ge=1, le=10_000, description="Network reads that may wait to be decoded, for one answer."
+    STREAMING_EVENT_QUEUE_MAXSIZE: int = _valve(
+        100, "Decoded reads that may wait for those before them.", 1, 10_000
     )
-    STREAMING_EVENT_QUEUE_MAXSIZE: int = Field(
-        default=100, ge=1, le=10_000, description="Decoded reads that may wait for those before them."
+    SSE_WORKERS_PER_REQUEST: int = _valve(
+        2, "Decoders that work at once for one answer with large pictures.", 1, 8
     )
-    SSE_WORKERS_PER_REQUEST: int = Field(
-        default=2, ge=1, le=8, description="Decoders that work at once for one answer with large pictures."
+    FORCE_CHAT_COMPLETIONS_MODELS: str = _valve(
+        "", "Models that are asked over Chat Completions instead: a comma list of ids, * allowed."
     )
-    FORCE_CHAT_COMPLETIONS_MODELS: str = Field(
-        default="",
-        description="Models that are asked over Chat Completions instead: a comma list of ids, * allowed.",
-    )
-    ERROR_TEMPLATES: str = Field(
-        default="",
-        description=(
-            "Own words for errors, a JSON map: authentication, credits, rate_limit, moderation, provider, "
-            "network, timeout or internal to a text with {title}, {message}, {advice}, {id}, {contact}."
-        ),
+    ERROR_TEMPLATES: str = _valve(
+        "",
+        "Own words for errors, a JSON map: authentication, credits, rate_limit, moderation, provider, "
+        "network, timeout or internal to a text with {title}, {message}, {advice}, {id}, {contact}.",
     )
 
 
 class _RequestValves(_StreamingValves):
-    REASONING_EFFORT: Literal["", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = Field(
-        default="",
-        description="How long models think, where the chat does not say; empty = their own default.",
+    REASONING_EFFORT: Literal["", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = _valve(
+        "", "How long models think, where the chat does not say; empty = their own default."
     )
-    REASONING_SUMMARY: Literal["auto", "concise", "detailed", "off"] = Field(
-        default="auto", description="The summary of its thinking that a model is asked for."
+    REASONING_SUMMARY: Literal["auto", "concise", "detailed", "off"] = _valve(
+        "auto", "The summary of its thinking that a model is asked for."
     )
-    PERSIST_REASONING: Literal["off", "next_reply", "conversation"] = Field(
-        default="conversation",
-        description="How long models get their own earlier thinking back: never, for one reply, or always.",
+    PERSIST_REASONING: Literal["off", "next_reply", "conversation"] = _valve(
+        "conversation",
+        "How long models get their own earlier thinking back: never, for one reply, or always.",
     )
-    USE_MODEL_MAX_OUTPUT_TOKENS: bool = Field(
-        default=False,
-        description="Ask for as many output tokens as the model can write, where a chat does not say.",
+    USE_MODEL_MAX_OUTPUT_TOKENS: bool = _valve(
+        False, "Ask for as many output tokens as the model can write, where a chat does not say."
     )
-    UNSUPPORTED_PARAMETERS: Literal["drop", "use_chat_completions"] = Field(
-        default="drop",
-        description=(
-            "Parameters that only Chat Completions has (stop, seed, min_p …): leave them out, or send such "
-            "requests there."
-        ),
+    UNSUPPORTED_PARAMETERS: Literal["drop", "use_chat_completions"] = _valve(
+        "drop",
+        "Parameters that only Chat Completions has (stop, seed, min_p …): leave them out, or send such "
+        "requests there.",
     )
-    MAX_INPUT_IMAGES_PER_REQUEST: int = Field(
-        default=20, ge=0, le=100, description="Pictures sent with a request: the latest ones; 0 = none."
+    MAX_INPUT_IMAGES_PER_REQUEST: int = _valve(
+        20, "Pictures sent with a request: the latest ones; 0 = none.", 0, 100
     )
-    IMAGE_INPUT_SELECTION: Literal["user_only", "user_then_assistant"] = Field(
-        default="user_then_assistant",
-        description="Which: those of people, or also those that earlier answers show, where there is room.",
+    IMAGE_INPUT_SELECTION: Literal["user_only", "user_then_assistant"] = _valve(
+        "user_then_assistant",
+        "Which: those of people, or also those that earlier answers show, where there is room.",
     )
-    NATIVE_FILES: Literal["off", "supported", "always"] = Field(
-        default="off",
-        description=(
-            "Files attached to a chat: leave them to Open WebUI's search (off), give them whole to models "
-            "that read files (supported), or to all models, by OpenRouter's parser (always)."
-        ),
+    NATIVE_FILES: Literal["off", "supported", "always"] = _valve(
+        "off",
+        "Files attached to a chat: leave them to Open WebUI's search (off), give them whole to models "
+        "that read files (supported), or to all models, by OpenRouter's parser (always).",
     )
-    PDF_ENGINE: Literal["auto", "native", "mistral-ocr", "cloudflare-ai"] = Field(
-        default="auto",
-        description="Who reads PDF files: OpenRouter's choice, the model itself, or a service.",
+    PDF_ENGINE: Literal["auto", "native", "mistral-ocr", "cloudflare-ai"] = _valve(
+        "auto", "Who reads PDF files: OpenRouter's choice, the model itself, or a service."
     )
-    BASE64_MAX_SIZE_MB: int = Field(
-        default=50,
-        ge=1,
-        le=500,
-        description="Largest picture, file or recording that a chat may hold, in MB.",
+    BASE64_MAX_SIZE_MB: int = _valve(
+        50, "Largest picture, file or recording that a chat may hold, in MB.", 1, 500
     )
-    VIDEO_MAX_SIZE_MB: int = Field(
-        default=100, ge=1, le=500, description="Largest film that a chat may hold, in MB."
+    VIDEO_MAX_SIZE_MB: int = _valve(100, "Largest film that a chat may hold, in MB.", 1, 500)
+    SAVE_REMOTE_MEDIA: bool = _valve(
+        True,
+        "Keep what a chat names by an address among the person's files, so that the chat can go on when"
+        " the address is gone; off = OpenRouter fetches it each time.",
     )
-    SAVE_REMOTE_MEDIA: bool = Field(
-        default=True,
-        description=(
-            "Keep what a chat names by an address among the person's files, so that the chat can go on "
-            "when the address is gone; off = OpenRouter fetches it each time."
-        ),
+    REMOTE_FILE_MAX_SIZE_MB: int = _valve(
+        _REMOTE_FILE_MAX_SIZE_DEFAULT_MB,
+        "Largest file that is fetched from an address, in MB; of films VIDEO_MAX_SIZE_MB counts.",
+        1,
+        500,
     )
-    REMOTE_FILE_MAX_SIZE_MB: int = Field(
-        default=_REMOTE_FILE_MAX_SIZE_DEFAULT_MB,
-        ge=1,
-        le=500,
-        description="Largest file that is fetched from an address, in MB; of films VIDEO_MAX_SIZE_MB counts.",
+    ALLOW_HTTP_HOSTS: str = _valve(
+        "",
+        "Servers that files may be fetched from over plain http, or inside your network: a comma list "
+        "of names, or name:port.",
     )
-    ALLOW_HTTP_HOSTS: str = Field(
-        default="",
-        description=(
-            "Servers that files may be fetched from over plain http, or inside your network: a comma list "
-            "of names, or name:port."
-        ),
+    USER_REQUEST_FIELDS: str = _valve(
+        "",
+        "Fields of OpenRouter's that people may set themselves, a comma list, * allowed: models, "
+        "plugins, service_tier, session_id, user, safety_identifier, metadata, trace, "
+        "stop_server_tools_when.",
     )
-    USER_REQUEST_FIELDS: str = Field(
-        default="",
-        description=(
-            "Fields of OpenRouter's that people may set themselves, a comma list, * allowed: models, "
-            "plugins, service_tier, session_id, user, safety_identifier, metadata, trace, "
-            "stop_server_tools_when."
-        ),
+    PROMPT_CACHING: Literal["auto", "off"] = _valve(
+        "auto", "Let Anthropic's models keep the chat so far, which makes long chats cheaper."
     )
-    PROMPT_CACHING: Literal["auto", "off"] = Field(
-        default="auto",
-        description="Let Anthropic's models keep the chat so far, which makes long chats cheaper.",
+    PROMPT_CACHE_TTL: Literal["5m", "1h"] = _valve(
+        "5m", "How long they keep it; an hour costs more to write."
     )
-    PROMPT_CACHE_TTL: Literal["5m", "1h"] = Field(
-        default="5m", description="How long they keep it; an hour costs more to write."
-    )
-    SEND_IDENTIFIERS: Literal["none", "hashed", "plain"] = Field(
-        default="hashed",
-        description="How OpenRouter may tell people and chats apart: not at all, by pseudonyms or by ids.",
+    SEND_IDENTIFIERS: Literal["none", "hashed", "plain"] = _valve(
+        "hashed", "How OpenRouter may tell people and chats apart: not at all, by pseudonyms or by ids."
     )
 
 
 class _ToolValves(_RequestValves):
-    ENABLE_TOOLS: bool = Field(default=True, description="Offer tools to models that can call them.")
-    AVAILABLE_TOOLS: str = Field(
-        default="all", description="Which: all, or a comma list of names, * allowed (get_*, search_web)."
+    ENABLE_TOOLS: bool = _valve(True, "Offer tools to models that can call them.")
+    AVAILABLE_TOOLS: str = _valve(
+        "all", "Which: all, or a comma list of names, * allowed (get_*, search_web)."
     )
-    TOOL_EXECUTION_MODE: Literal["auto", "pipe", "open_webui"] = Field(
-        default="auto",
-        description=(
-            "Who runs what a model calls: this function, several at once, except for what needs Open WebUI "
-            "(auto); the same, and tools of the browser too (pipe); Open WebUI, one after another."
-        ),
+    TOOL_EXECUTION_MODE: Literal["auto", "pipe", "open_webui"] = _valve(
+        "auto",
+        "Who runs what a model calls: this function, several at once, except for what needs Open WebUI "
+        "(auto); the same, and tools of the browser too (pipe); Open WebUI, one after another.",
     )
-    STRICT_TOOL_SCHEMAS: bool = Field(
-        default=False, description="Make models keep to the schema of a tool, where it can be said strictly."
+    STRICT_TOOL_SCHEMAS: bool = _valve(
+        False, "Make models keep to the schema of a tool, where it can be said strictly."
     )
-    MAX_FUNCTION_CALL_LOOPS: int = Field(
-        default=25, ge=1, le=200, description="Rounds of tools in one answer; then the model has to answer."
+    MAX_FUNCTION_CALL_LOOPS: int = _valve(
+        25, "Rounds of tools in one answer; then the model has to answer.", 1, 200
     )
-    MAX_PARALLEL_TOOLS_GLOBAL: int = Field(
-        default=200, ge=1, le=2000, description="Tools that run at the same time, of all answers."
+    MAX_PARALLEL_TOOLS_GLOBAL: int = _valve(200, "Tools that run at the same time, of all answers.", 1, 2000)
+    MAX_PARALLEL_TOOLS_PER_REQUEST: int = _valve(5, "Tools that run at the same time, of one answer.", 1, 50)
+    TOOL_TIMEOUT_SECONDS: int = _valve(60, "What one call may take, in seconds.", 1, 3600)
+    TOOL_BATCH_TIMEOUT_SECONDS: int = _valve(
+        120, "What all calls of one round may take together, in seconds.", 1, 3600
     )
-    MAX_PARALLEL_TOOLS_PER_REQUEST: int = Field(
-        default=5, ge=1, le=50, description="Tools that run at the same time, of one answer."
+    TOOL_BREAKER_FAILURES: int = _valve(
+        5, "After so many failures within the window a tool is left alone.", 1, 100
     )
-    TOOL_TIMEOUT_SECONDS: int = Field(
-        default=60, ge=1, le=3600, description="What one call may take, in seconds."
+    TOOL_BREAKER_WINDOW_SECONDS: int = _valve(
+        60, "The window, in seconds; for so long a tool is left alone, too.", 1, 3600
     )
-    TOOL_BATCH_TIMEOUT_SECONDS: int = Field(
-        default=120, ge=1, le=3600, description="What all calls of one round may take together, in seconds."
+    MAX_TOOL_OUTPUT_CHARS: int = _valve(
+        100_000,
+        "What a model gets of one result, in characters; the middle of more is left out.",
+        1000,
+        2_000_000,
     )
-    TOOL_BREAKER_FAILURES: int = Field(
-        default=5, ge=1, le=100, description="After so many failures within the window a tool is left alone."
-    )
-    TOOL_BREAKER_WINDOW_SECONDS: int = Field(
-        default=60,
-        ge=1,
-        le=3600,
-        description="The window, in seconds; for so long a tool is left alone, too.",
-    )
-    MAX_TOOL_OUTPUT_CHARS: int = Field(
-        default=100_000,
-        ge=1000,
-        le=2_000_000,
-        description="What a model gets of one result, in characters; the middle of more is left out.",
-    )
-    TOOL_OUTPUT_RETENTION_TURNS: int = Field(
-        default=10,
-        ge=0,
-        le=1000,
-        description="For so many questions results stay whole, then they are shortened; 0 = for ever.",
+    TOOL_OUTPUT_RETENTION_TURNS: int = _valve(
+        10, "For so many questions results stay whole, then they are shortened; 0 = for ever.", 0, 1000
     )
 
 
 class _StorageValves(_ToolValves):
-    ENABLE_ARTIFACT_STORE: bool = Field(
-        default=True,
-        description=(
-            "Keep what models need to get back (their thinking) in a table of Open WebUI's database; off = "
-            "with the messages of a chat, where only little fits."
-        ),
+    ENABLE_ARTIFACT_STORE: bool = _valve(
+        True,
+        "Keep what models need to get back (their thinking) in a table of Open WebUI's database; off = "
+        "with the messages of a chat, where only little fits.",
     )
-    PERSIST_TOOL_RESULTS: bool = Field(
-        default=True,
-        description="Keep also what tools of OpenRouter's own need to get back, such as an advisor.",
+    PERSIST_TOOL_RESULTS: bool = _valve(
+        True, "Keep also what tools of OpenRouter's own need to get back, such as an advisor."
     )
-    ARTIFACT_ENCRYPTION_KEY: EncryptedStr = Field(
-        default=EncryptedStr(""),
-        description=(
-            "Secret that seals it; empty = the server's WEBUI_SECRET_KEY. A comma list: the first seals, the "
-            "others still open what they have sealed."
-        ),
-        json_schema_extra=_SECRET_INPUT,
+    ARTIFACT_ENCRYPTION_KEY: EncryptedStr = _secret(
+        "Secret that seals it; empty = the server's WEBUI_SECRET_KEY. A comma list: the first seals, "
+        "the others still open what they have sealed."
     )
-    ENCRYPT_ARTIFACTS: Literal["off", "reasoning", "all"] = Field(
-        default="reasoning", description="What of it is sealed: nothing, thinking, or everything."
+    ENCRYPT_ARTIFACTS: Literal["off", "reasoning", "all"] = _valve(
+        "reasoning", "What of it is sealed: nothing, thinking, or everything."
     )
-    ENABLE_LZ4_COMPRESSION: bool = Field(
-        default=True, description="Compress with LZ4 where the server has it (faster), else with zlib."
+    ENABLE_LZ4_COMPRESSION: bool = _valve(
+        True, "Compress with LZ4 where the server has it (faster), else with zlib."
     )
-    MIN_COMPRESS_BYTES: int = Field(
-        default=256, ge=0, le=1_000_000, description="What is smaller, in bytes, is not compressed."
+    MIN_COMPRESS_BYTES: int = _valve(256, "What is smaller, in bytes, is not compressed.", 0, 1_000_000)
+    DB_BATCH_SIZE: int = _valve(10, "Rows written to the database at once, where several wait.", 1, 500)
+    ARTIFACT_CLEANUP_DAYS: int = _valve(
+        90, "What nobody has used for so many days is deleted; 0 = never.", 0, 3650
     )
-    DB_BATCH_SIZE: int = Field(
-        default=10, ge=1, le=500, description="Rows written to the database at once, where several wait."
+    ARTIFACT_CLEANUP_INTERVAL_HOURS: float = _valve(1.0, "Hours from one clean-up to the next.", 0.1, 168)
+    ENABLE_REDIS_CACHE: Literal["auto", "on", "off"] = _valve(
+        "auto", "Write through Open WebUI's Redis, where it has one: with several workers, or always."
     )
-    ARTIFACT_CLEANUP_DAYS: int = Field(
-        default=90, ge=0, le=3650, description="What nobody has used for so many days is deleted; 0 = never."
+    REDIS_CACHE_TTL_SECONDS: int = _valve(
+        600, "For so long Redis keeps what was just written, in seconds.", 1, 86400
     )
-    ARTIFACT_CLEANUP_INTERVAL_HOURS: float = Field(
-        default=1.0, ge=0.1, le=168, description="Hours from one clean-up to the next."
-    )
-    ENABLE_REDIS_CACHE: Literal["auto", "on", "off"] = Field(
-        default="auto",
-        description="Write through Open WebUI's Redis, where it has one: with several workers, or always.",
-    )
-    REDIS_CACHE_TTL_SECONDS: int = Field(
-        default=600, ge=1, le=86400, description="For so long Redis keeps what was just written, in seconds."
-    )
-    REDIS_PENDING_WARN_THRESHOLD: int = Field(
-        default=100, ge=1, le=1_000_000, description="The log warns when more rows than that wait in Redis."
+    REDIS_PENDING_WARN_THRESHOLD: int = _valve(
+        100, "The log warns when more rows than that wait in Redis.", 1, 1_000_000
     )
 
 
-class Valves(_StorageValves, _LenientModel):
+class _OperationValves(_StorageValves):
+    MAX_CONCURRENT_REQUESTS: int = _valve(
+        500, "Answers written at the same time; 500 more may wait.", 1, 5000
+    )
+    MAX_CONCURRENT_REQUESTS_PER_USER: int = _valve(
+        0, "Of these, answers for one person; further ones wait. 0 = no limit.", 0, 5000
+    )
+    MAX_CONCURRENT_TASKS: int = _valve(
+        20, "Titles, tags and the like written at the same time, besides.", 1, 500
+    )
+    ENABLE_STARTUP_CHECKS: bool = _valve(
+        True, "Ask OpenRouter at the start whether it can be reached and takes the key."
+    )
+    LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _valve(
+        "INFO", "Which lines go to the server's log: these and more serious ones."
+    )
+    SESSION_LOG_MAX_LINES: int = _valve(
+        2000,
+        "Lines of each session that are kept in memory for an hour, for when something fails.",
+        100,
+        20_000,
+    )
+    SHOW_ERROR_LOG_CITATION: Literal["off", "admins", "everyone"] = _valve(
+        "admins", "Who gets the log of a request that failed, under its error, without keys and ids."
+    )
+    DEBUG: bool = _valve(False, "Print the log of each request to the console of the browser.")
+
+
+class Valves(_OperationValves, _LenientModel):
     """What an administrator may set (Admin Panel → Functions → valves)."""
 
 
 class UserValves(_LenientModel):
     """What each user may set for themselves; `inherit` keeps the administrator's value."""
 
-    API_KEY: EncryptedStr = Field(
-        default=EncryptedStr(""),
-        description="Your own OpenRouter key, used if the administrator allows it.",
-        json_schema_extra=_SECRET_INPUT,
+    API_KEY: EncryptedStr = _secret("Your own OpenRouter key, used if the administrator allows it.")
+    STREAMING_UPDATE_PROFILE: Literal["inherit", "auto", "quick", "normal", "slow", "custom"] = _valve(
+        "inherit", "How often text reaches the page."
     )
-    STREAMING_UPDATE_PROFILE: Literal["inherit", "auto", "quick", "normal", "slow", "custom"] = Field(
-        default="inherit", description="How often text reaches the page."
+    STREAMING_UPDATE_CHAR_LIMIT: Literal["inherit"] | int = _valve(
+        "inherit", "Profile custom: so many characters (10 to 500) leave at once."
     )
-    STREAMING_UPDATE_CHAR_LIMIT: Literal["inherit"] | int = Field(
-        default="inherit", description="Profile custom: so many characters (10 to 500) leave at once."
+    STREAMING_IDLE_FLUSH_MS: Literal["inherit"] | int = _valve(
+        "inherit", "Profile custom: so many milliseconds (0 to 2000) fewer characters may wait."
     )
-    STREAMING_IDLE_FLUSH_MS: Literal["inherit"] | int = Field(
-        default="inherit",
-        description="Profile custom: so many milliseconds (0 to 2000) fewer characters may wait.",
+    REASONING_EFFORT: Literal["inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = _valve(
+        "inherit", "How long models think, where the chat does not say."
     )
-    REASONING_EFFORT: Literal["inherit", "none", "minimal", "low", "medium", "high", "xhigh", "max"] = Field(
-        default="inherit", description="How long models think, where the chat does not say."
+    PERSIST_REASONING: Literal["inherit", "off", "next_reply"] = _valve(
+        "inherit", "Give the model its earlier thinking back: never, or for one reply only."
     )
-    PERSIST_REASONING: Literal["inherit", "off", "next_reply"] = Field(
-        default="inherit",
-        description="Give the model its earlier thinking back: never, or for one reply only.",
+    ENABLE_TOOLS: Literal["inherit", "off"] = _valve("inherit", "Offer no tools to models.")
+    SHOW_THINKING: Literal["inherit", "on", "off"] = _valve("inherit", "Show the model's reasoning.")
+    SHOW_FINAL_USAGE_STATUS: Literal["inherit", "on", "off"] = _valve(
+        "inherit", "Show time, tokens and cost when an answer is complete."
     )
-    ENABLE_TOOLS: Literal["inherit", "off"] = Field(
-        default="inherit", description="Offer no tools to models."
+    LOG_LEVEL: Literal["inherit", "DEBUG", "INFO", "WARNING", "ERROR"] = _valve(
+        "inherit", "Which lines of your requests go to the server's log."
     )
-    SHOW_THINKING: Literal["inherit", "on", "off"] = Field(
-        default="inherit", description="Show the model's reasoning."
-    )
-    SHOW_FINAL_USAGE_STATUS: Literal["inherit", "on", "off"] = Field(
-        default="inherit", description="Show time, tokens and cost when an answer is complete."
+    DEBUG: Literal["inherit", "on", "off"] = _valve(
+        "inherit", "Print the log of your requests to the console of the browser."
     )
 
 
 _SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
-_SWITCH_VALVES: Final = frozenset({"ENABLE_TOOLS", "SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS"})
+_SWITCH_VALVES: Final = frozenset({"ENABLE_TOOLS", "SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS", "DEBUG"})
+_ADMIN_VALVES: Final = frozenset({"LOG_LEVEL", "DEBUG"})
 
 
-def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
+def _merge_user_valves(valves: Valves, user_valves: Any, is_admin: bool = False) -> Valves:
     """`valves` with what a user has set in place of `inherit`; what does not fit is ignored.
 
     `user_valves` is the host's `UserValves` object, of this load of the file or an earlier one.
@@ -2698,6 +2852,8 @@ def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
             continue
         if name == "API_KEY" and not valves.ALLOW_USER_API_KEYS:
             continue
+        if name in _ADMIN_VALVES and not is_admin:
+            continue
         value = _SWITCHES.get(value, value) if name in _SWITCH_VALVES else value
         if name == "PERSIST_REASONING" and valves.PERSIST_REASONING == "off":
             continue  # a person may only keep less
@@ -2706,9 +2862,9 @@ def _merge_user_valves(valves: Valves, user_valves: Any) -> Valves:
     return valves.model_copy(update=changes) if changes else valves
 
 
-def _resolve_valves(valves: Valves, user_valves: Any = None) -> Valves:
+def _resolve_valves(valves: Valves, user_valves: Any = None, is_admin: bool = False) -> Valves:
     """The settings of one request: the administrator's, then the user's own."""
-    return _merge_user_valves(valves, user_valves)
+    return _merge_user_valves(valves, user_valves, is_admin)
 
 
 def _connection(valves: Valves, env: HostEnvironment) -> Connection:
@@ -3204,6 +3360,14 @@ def _forwards_identity() -> bool:
     return getattr(env, "ENABLE_FORWARD_USER_INFO_HEADERS", False)
 
 
+async def _function_digest(function_id: str) -> str:
+    from open_webui.models.functions import Functions  # pyright: ignore[reportMissingImports]  # host only
+
+    row = await Functions.get_function_by_id(function_id)
+    code = _text(getattr(row, "content", ""))
+    return hashlib.sha256(code.encode()).hexdigest() if row is not None and row.is_active else ""
+
+
 async def _identity_headers(request: ChatRequest) -> dict[str, str]:
     from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
     from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
@@ -3284,16 +3448,23 @@ class OpenWebUIHost:
         there = await _host_answer(_known_chats(chat_ids), None, "which chats there are could not be read")
         return [] if there is None else [chat_id for chat_id in chat_ids if chat_id not in there]
 
-    async def is_active(self, function_id: str) -> bool:
-        """Whether the host still has this function, switched on; it tells nobody when that ends."""
+    async def function_digest(self, function_id: str) -> str | None:
+        """What code the host has for a function; empty: none, or it is switched off; None: nobody knows."""
         if self.version is None:
-            return True
-        from open_webui.models.functions import Functions  # pyright: ignore[reportMissingImports]  # host only
+            return None
+        return await _host_answer(_function_digest(function_id), None, "this function could not be looked up")
 
-        row = await _host_answer(
-            Functions.get_function_by_id(function_id), None, "this function could not be looked up"
-        )
-        return row is not None and bool(row.is_active)
+    def meter(self) -> Any:
+        """OpenTelemetry's meter, where the server exports metrics by it; else None."""
+        if self.version is None:
+            return None
+        from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
+
+        if not getattr(env, "ENABLE_OTEL_METRICS", False):
+            return None
+        from opentelemetry import metrics  # pyright: ignore[reportMissingImports]  # it comes with Open WebUI
+
+        return metrics.get_meter("openrouter_responses_pipe")
 
     @contextlib.contextmanager
     def only_one(self, what: str) -> Iterator[bool]:
@@ -3942,11 +4113,7 @@ class OpenRouterModelRegistry:
     async def aclose(self) -> None:
         """End what is being fetched."""
         loading = [loading.task for loading in self._loading.values()]
-        tasks = [*loading, *self._restoring.values(), *self._keeping]
-        for task in tasks:
-            task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_CLEANUP_S)
+        await _end_tasks([*loading, *self._restoring.values(), *self._keeping])
 
     async def _restored(self, key: _CatalogKey) -> _Catalog | None:
         """The list of an earlier start; it is looked for once."""
@@ -3976,7 +4143,9 @@ class OpenRouterModelRegistry:
         outage = self._outages.get(asked)
         if outage is not None and self._clock() < outage.ends_at:
             return None
-        task = asyncio.get_running_loop().create_task(self._load(key, digest, connection), name="model list")
+        task = asyncio.get_running_loop().create_task(
+            self._load(key, digest, connection), name="model list", context=contextvars.Context()
+        )
         self._loading[asked] = _Loading(task, self._clock())
         task.add_done_callback(lambda _: self._loading.pop(asked, None))
         return self._loading[asked]
@@ -4538,7 +4707,9 @@ class ModelPublisher:
             self._asked, self._is_due = (shown, choice), True
         is_busy = self._task is not None and not self._task.done()
         if self._is_due and not is_busy and self._clock() >= self._next_try_at:
-            self._task = asyncio.get_running_loop().create_task(self._catch_up(), name="publish models")
+            self._task = asyncio.get_running_loop().create_task(
+                self._catch_up(), name="publish models", context=contextvars.Context()
+            )
 
     async def wait(self, longest_s: float) -> None:
         """Wait until what was asked for is written, for so many seconds at most."""
@@ -4547,9 +4718,7 @@ class ModelPublisher:
 
     async def aclose(self) -> None:
         """Stop writing."""
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait((self._task,), timeout=_CLEANUP_S)
+        await _end_tasks([self._task] if self._task is not None else ())
 
     async def _catch_up(self) -> None:
         """Publish what was asked for last, and once more if something else has been asked for meanwhile."""
@@ -8632,7 +8801,8 @@ class Emitter:
         self._outlet = outlet
         self._emit = emit
         self._clock = clock
-        self._first_at: float | None = None  # when the model began to write, in this upstream call
+        self.began_at: float | None = None  # when the model began to write
+        self._first_at: float | None = None  # the same in this upstream call
         self._writing_s = 0.0  # for how long it wrote in those that have ended
         self._page = page
         self._cited: set[str] = set()
@@ -8673,6 +8843,7 @@ class Emitter:
             self._empty = False
         if self._first_at is None and isinstance(emission, _WRITTEN):
             self._first_at = self._clock()
+            self.began_at = self.began_at or self._first_at
 
     def aclose(self) -> None:
         """Nothing more will be sent."""
@@ -10002,7 +10173,7 @@ class ArtifactStore:
         while True:
             every_s = self._settings.cleanup_s if self._settings else 3600.0
             await asyncio.sleep(every_s * random.uniform(0.5, 1.0))
-            if not await self._host.is_active(self._pipe_id):
+            if await self._host.function_digest(self._pipe_id) == "":
                 continue
             what = f"artifacts-{_table_prefix(self._pipe_id)}"
             with self._host.only_one(what) as mine, contextlib.suppress(StorageError):
@@ -10101,7 +10272,9 @@ class ArtifactStore:
         return task.result()
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-        task = asyncio.get_running_loop().create_task(work, name=f"artifacts of {self._pipe_id}")
+        task = asyncio.get_running_loop().create_task(
+            work, name=f"artifacts of {self._pipe_id}", context=contextvars.Context()
+        )
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
         return task
@@ -10153,8 +10326,140 @@ _FRESH_S: Final = 3600.0
 
 
 # ── 16. Ledger & metrics ─────────────────────────────────────────────────────
-# (empty)
-# Will hold: what was used, what it cost, what still runs.
+# What was done and used, counted in memory and written once a minute.
+# Promise: counting waits for nothing; what cannot be written yet is written later, in one row.
+# Doc: docs/cost_and_metrics.md   Tests: tests/test_ledger_and_metrics.py
+
+
+class MetricsRow(NamedTuple):
+    """What one worker has counted in the `seconds` before `at` (since 1970).
+
+    `counts` are sums by name; `spreads` numbers by name and bucket, whose upper bounds `METRIC_BOUNDS` are.
+    """
+
+    worker: str
+    at: float
+    seconds: float
+    counts: Mapping[str, float]
+    spreads: Mapping[str, Sequence[int]]
+
+
+METRIC_BOUNDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # and one without end
+
+
+class MetricsTable:
+    """SQL for the metrics of one pipe. Every method raises a StorageError where the database fails."""
+
+    def __init__(self, database: Database, pipe_id: str) -> None:
+        self._engine = database.engine
+        prefix = _table_prefix(pipe_id)
+        self.table = sa.Table(
+            f"{prefix}_metrics",
+            sa.MetaData(schema=database.schema),
+            sa.Column("worker", sa.String, primary_key=True),
+            sa.Column("at", sa.Double, primary_key=True),
+            sa.Column("seconds", sa.Double, nullable=False),
+            sa.Column("data", sa.Text, nullable=False),
+            sa.Index(f"ix_{prefix}_metrics_at", "at"),
+        )
+
+    async def add(self, row: MetricsRow, keep_s: float) -> None:
+        """Add a row, in a table that is made if it is not there; rows older than `keep_s` seconds go."""
+        data = _json_dumps({"counts": row.counts, "spreads": row.spreads}).decode()
+        values = {"worker": row.worker, "at": row.at, "seconds": row.seconds, "data": data}
+        with _storage_errors():
+            async with self._engine.begin() as connection:
+                await connection.execute(CreateTable(self.table, if_not_exists=True))
+                for index in self.table.indexes:
+                    await connection.execute(CreateIndex(index, if_not_exists=True))
+                await connection.execute(sa.insert(self.table).values(values))
+                await connection.execute(sa.delete(self.table).where(self.table.c.at < row.at - keep_s))
+
+    async def rows(self, since: float) -> list[MetricsRow]:
+        """The rows from `since` on, the oldest first; one that cannot be read is passed over."""
+        statement = sa.select(self.table).where(self.table.c.at >= since).order_by(self.table.c.at)
+        with _storage_errors():
+            async with self._engine.connect() as connection:
+                found = (await connection.execute(statement)).all()
+        rows: list[MetricsRow] = []
+        for worker, at, seconds, data in found:
+            with contextlib.suppress(ValueError):
+                said = _mapping(_json_loads(data))
+                counts, spreads = _mapping(said.get("counts")), _mapping(said.get("spreads"))
+                rows.append(MetricsRow(worker, at, seconds, counts, spreads))
+        return rows
+
+
+class Metrics:
+    """What this worker has done, since its last row in the database.
+
+    `clock` gives seconds that only grow, `now` the time of day. Where the server runs OpenTelemetry, its
+    meter gets all of it as well.
+    """
+
+    def __init__(
+        self,
+        host: OpenWebUIHost,
+        pipe_id: str,
+        clock: Callable[[], float] = time.monotonic,
+        now: Callable[[], float] = time.time,
+    ) -> None:
+        self._host = host
+        self._pipe_id = pipe_id
+        self._clock = clock
+        self._now = now
+        self._worker = f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._counts: dict[str, float] = {}
+        self._spreads: dict[str, list[int]] = {}
+        self._since = clock()
+        self._meter = host.meter()
+        self._instruments: dict[str, Any] = {}
+
+    def count(self, name: str, amount: float = 1.0) -> None:
+        """Add to a sum."""
+        self._counts[name] = self._counts.get(name, 0.0) + amount
+        if self._meter is not None:
+            self._instrument(name, self._meter.create_counter).add(amount)
+
+    def observe(self, name: str, value: float) -> None:
+        """Note one value of many: a time in seconds, or a length."""
+        spread = self._spreads.setdefault(name, [0] * (len(METRIC_BOUNDS) + 1))
+        spread[bisect.bisect_left(METRIC_BOUNDS, value)] += 1
+        if self._meter is not None:
+            self._instrument(name, self._meter.create_histogram).record(value)
+
+    def _instrument(self, name: str, create: Callable[[str], Any]) -> Any:
+        if name not in self._instruments:
+            self._instruments[name] = create(f"openrouter.{name}")
+        return self._instruments[name]
+
+    async def write(self) -> None:
+        """Write a row, if there is something to say and a database; what fails is in the next row."""
+        counts, spreads = self._counts, self._spreads
+        database = self._host.database() if counts or spreads else None
+        if database is None:
+            return
+        self._counts, self._spreads = {}, {}
+        now = self._clock()
+        row = MetricsRow(self._worker, self._now(), now - self._since, counts, spreads)
+        try:
+            async with asyncio.timeout(_CLEANUP_S):
+                await MetricsTable(database, self._pipe_id).add(row, _KEEP_METRICS_S)
+        except (StorageError, TimeoutError) as exc:
+            LOGGER.debug("the metrics could not be written: %s", exc)
+            self._take_back(counts, spreads)
+        else:
+            self._since = now
+
+    def _take_back(self, counts: Mapping[str, float], spreads: Mapping[str, Sequence[int]]) -> None:
+        for name, amount in counts.items():
+            self._counts[name] = self._counts.get(name, 0.0) + amount
+        for name, spread in spreads.items():
+            more = self._spreads.get(name) or [0] * len(spread)
+            self._spreads[name] = [one + other for one, other in zip(spread, more, strict=True)]
+
+
+_KEEP_METRICS_S: Final = 30 * 86_400.0
 
 
 # ── 17. Tool orchestrator ────────────────────────────────────────────────────
@@ -10356,6 +10661,7 @@ class ToolOrchestrator:
             result = ToolResult(call, f"Error: {words[:_MOST_ERROR_CHARS]}", failed=True)
         if by_tool and self._breaker.record(*watched, failed=result.failed):
             LOGGER.warning("the tool %s is left alone for %.0f s", call.name, limits.window_s)
+        LOGGER.debug("the tool %s %s", call.name, result.status)
         remark = context.remark_on(call)
         return result._replace(text=_cut_text(result.text, limits.most_chars - len(remark)) + remark)
 
@@ -10616,7 +10922,13 @@ class StreamingEngine:
     async def _stream_responses(
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
     ) -> None:
+        items = len(request.body.get("input") or request.body.get("messages") or ())
+        tools = len(request.body.get("tools") or ())
+        LOGGER.debug(
+            "asking %s for %s: items %d, tools %d", request.api.path, request.body["model"], items, tools
+        )
         async with self._client.open_stream(connection, request.api.path, request.body) as reads:
+            LOGGER.debug("the answer begins")
             call.begin(request.api)
             await self._consume_sse(reads, call)
         self._log_unknown(call.state)
@@ -11000,6 +11312,7 @@ class Neighbours(NamedTuple):
     pictures: ImageResults
     tools: ToolOrchestrator
     memory: TurnMemory
+    logs: SessionLogger
 
 
 class TurnLoop:
@@ -11013,13 +11326,13 @@ class TurnLoop:
     ) -> None:
         self._registry, self._account, self._engine = around.registry, around.account, around.engine
         self._host, self._media, self._tools = around.host, around.media, around.tools
-        self._memory, self._pictures = around.memory, around.pictures
+        self._memory, self._pictures, self._logs = around.memory, around.pictures, around.logs
         self._env = env
         self._clock = clock
         self._told: set[str] = set()  # names of parameters that the log has
 
-    async def run(self, job: _PipeJob) -> None:
-        """Answer `job`; a failure is written into its outlet."""
+    async def run(self, job: _PipeJob) -> PipeError | None:
+        """Answer `job`. A failure is written into its outlet, and returned."""
         started = self._clock()
         deadline = job.valves.REQUEST_DEADLINE_SECONDS
         error: PipeError | None = None
@@ -11035,9 +11348,10 @@ class TurnLoop:
         except PipeError as exc:
             error = exc
         if error is not None:
+            LOGGER.info("failed (%s, HTTP %s): %s", error.template, error.status or "-", error.detail)
             await self._add_hint(error, job)
-            await job.emitter.send((Failed(error),))
-        self._log(job, self._clock() - started, error)
+            await job.emitter.send((_failed(error, job, self._logs),))
+        return error
 
     async def _add_hint(self, error: PipeError, job: _PipeJob) -> None:
         """How much is left, where that is what is missing, for those who may know it."""
@@ -11208,19 +11522,12 @@ class TurnLoop:
             self._told.update(news)
             LOGGER.info("Not sent, because /responses does not have it: %s", ", ".join(news))
 
-    def _log(self, job: _PipeJob, elapsed_s: float, error: PipeError | None) -> None:
-        usage = job.emitter.usage()
-        LOGGER.info(
-            "request %s: %s, model %s, %s, %.2f s, %s tokens in, %s out, cost %s",
-            job.request_id,
-            "failed (" + error.template + ")" if error else "answered",
-            job.request.model,
-            job.request.dialect,
-            elapsed_s,
-            usage.get("input_tokens"),
-            usage.get("output_tokens"),
-            usage.get("cost"),
-        )
+
+def _failed(error: PipeError, job: _PipeJob, logs: SessionLogger) -> Failed:
+    """The end of a job, with the log of it for those who may read that."""
+    readers = job.valves.SHOW_ERROR_LOG_CITATION
+    is_shown = readers == "everyone" or (readers == "admins" and job.request.is_admin)
+    return Failed(error, logs.flush_for_citation(job.context) if is_shown else "")
 
 
 def _keeps_reasoning(settings: RequestSettings, spec: ModelSpec) -> bool:
@@ -11309,7 +11616,10 @@ class _Turn:
 
     def note_results(self, emissions: Sequence[Emission]) -> Awaitable[None]:
         """Pass on what comes of the calls, in the order in which the host will have it."""
-        self.finished += [emission.result for emission in emissions if isinstance(emission, ToolFinished)]
+        results = [emission.result for emission in emissions if isinstance(emission, ToolFinished)]
+        self.finished += results
+        self._talk.job.tally["tools"] += len(results)
+        self._talk.job.tally["tools_failed"] += sum(result.failed for result in results)
         return self._send(emissions)
 
     def _noted(self, emission: Emission) -> Emission | None:
@@ -11322,6 +11632,7 @@ class _Turn:
             emission = emission._replace(call=call._replace(call_id=call_id, name=name))
         elif isinstance(emission, StatusUpdate) and not emission.done:
             self._used_ids = set(self._known_ids)  # the try has failed, another one comes
+            self._talk.job.tally["retries"] += 1
         self.record.note(emission)
         return emission
 
@@ -11462,9 +11773,191 @@ _DIALECTS_WITH_TOOLS: Final = frozenset({"browser", "browser_json", "api_stream"
 
 
 # ── 22. Runtime ──────────────────────────────────────────────────────────────
-# Everything with a lifetime, and the hand-over from one load of this file to the next.
+# Everything with a lifetime: who may run now, what runs behind the answers, and the hand-over from one
+# load of this file to the next.
 # Promise: no task outlives its request; closing is idempotent and needs no event loop of its own.
-# Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_runtime.py
+# Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_runtime.py, tests/test_admission.py
+
+
+class AdmissionLimits(NamedTuple):
+    """How many may run at once, of one person too (0: no limit), and how many may wait."""
+
+    running: int
+    per_user: int = 0
+    waiting: int = _QUEUE_MAXSIZE
+
+
+class Ticket:
+    """A request's place: its `turn` says, once it is known, whether the request may run or is refused."""
+
+    __slots__ = ("is_running", "turn", "user_id")
+
+    def __init__(self, user_id: str) -> None:
+        self.user_id = user_id
+        self.is_running = False
+        self.turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+
+
+class AdmissionScheduler:
+    """Who runs and who waits: a queue for each person, served in turns. It waits for nothing itself."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting = 0
+        self._limits = AdmissionLimits(1)
+        self._running_of: dict[str, int] = {}
+        self._queues: OrderedDict[str, deque[Ticket]] = OrderedDict()  # the next to be served first
+
+    def resize(self, limits: AdmissionLimits) -> None:
+        """Other limits from now on; who runs goes on."""
+        if limits != self._limits:
+            self._limits = limits
+            self._let_in()
+
+    def enter(self, user_id: str) -> Ticket:
+        """A place for a request; `leave` has to follow, whatever becomes of it.
+
+        Where too many wait, the latest of the person with the most is refused: one who asks for very
+        much does not keep others out.
+        """
+        ticket = Ticket(user_id)
+        self._queues.setdefault(user_id, deque()).append(ticket)
+        self.waiting += 1
+        self._let_in()
+        if self.waiting > self._limits.waiting:
+            most = max(map(len, self._queues.values()))
+            if len(self._queues[user_id]) < most:
+                user_id = next(user for user, theirs in self._queues.items() if len(theirs) == most)
+            refused = self._queues[user_id][-1]
+            self._withdraw(refused)
+            refused.turn.set_result(False)
+        return ticket
+
+    def leave(self, ticket: Ticket) -> None:
+        """A request has ended, or is not wanted any more. Idempotent."""
+        if ticket.is_running:
+            ticket.is_running = False
+            self.running -= 1
+            self._running_of[ticket.user_id] -= 1
+            if not self._running_of[ticket.user_id]:
+                del self._running_of[ticket.user_id]
+            self._let_in()
+        elif ticket in self._queues.get(ticket.user_id, ()):
+            self._withdraw(ticket)
+
+    def place(self, ticket: Ticket) -> int:
+        """How many will be served before this one that waits."""
+        own = self._queues[ticket.user_id].index(ticket)
+        count, is_before = own, True
+        for user_id, theirs in self._queues.items():
+            if user_id == ticket.user_id:
+                is_before = False
+            else:
+                count += min(len(theirs), own + is_before)
+        return count
+
+    def _withdraw(self, ticket: Ticket) -> None:
+        own = self._queues[ticket.user_id]
+        own.remove(ticket)
+        if not own:
+            del self._queues[ticket.user_id]
+        self.waiting -= 1
+
+    def _let_in(self) -> None:
+        most, per_user = self._limits.running, self._limits.per_user
+        while self.running < most and self._queues:
+            served = (
+                user for user in self._queues if not per_user or self._running_of.get(user, 0) < per_user
+            )
+            user_id = next(served, None)
+            if user_id is None:
+                return
+            ticket = self._queues[user_id][0]
+            self._withdraw(ticket)
+            if user_id in self._queues:
+                self._queues.move_to_end(user_id)
+            self.running += 1
+            self._running_of[user_id] = self._running_of.get(user_id, 0) + 1
+            ticket.is_running = True
+            ticket.turn.set_result(True)
+
+
+class StartupChecks:
+    """Whether OpenRouter can be reached and takes the key: asked at the start, and again only while it fails.
+
+    Failures are kept for each address and key: with a key of their own nobody is refused for another's.
+    """
+
+    def __init__(self, fetch: CatalogFetcher, clock: Callable[[], float]) -> None:
+        self._fetch = fetch
+        self._clock = clock
+        self.failed: dict[str, _Outage] = {}
+        self._probes: dict[str, asyncio.Task[None]] = {}
+
+    def begin(self, connection: Connection) -> asyncio.Task[None]:
+        """Ask in the background; all who ask at the same time share one answer."""
+        digest = _connection_digest(connection)
+        if digest not in self._probes:
+            task = asyncio.get_running_loop().create_task(
+                self._probe(connection, digest), name="startup check", context=contextvars.Context()
+            )
+            self._probes[digest] = task
+            task.add_done_callback(lambda _: self._probes.pop(digest, None))
+        return self._probes[digest]
+
+    async def check(self, connection: Connection) -> None:
+        """Ask once more where it has failed, every 10 seconds at most.
+
+        Raises:
+            AdmissionError: it still fails.
+        """
+        digest = _connection_digest(connection)
+        outage = self.failed.get(digest)
+        if outage is not None and self._clock() - outage.failed_at >= _PROBE_AGAIN_S:
+            await asyncio.wait((self.begin(connection),))
+            outage = self.failed.get(digest)
+        if outage is not None:
+            raise AdmissionError(f"Service unavailable due to startup issues: {render_error(outage.error)}")
+
+    def note_success(self, connection: Connection) -> None:
+        """An answer has come: whatever failed is over."""
+        if self.failed.pop(_connection_digest(connection), None) is not None:
+            LOGGER.info("OpenRouter can be reached again")
+
+    async def aclose(self) -> None:
+        """Ask no more."""
+        await _end_tasks(self._probes.values())
+
+    async def _probe(self, connection: Connection, digest: str) -> None:
+        error: PipeError | None = None
+        try:
+            async with asyncio.timeout(_PROBE_S):
+                await self._fetch(connection._replace(key=""), "/models?limit=1", "")
+                await self._fetch(connection, "/key", "")
+        except TimeoutError:
+            error = StreamError(template="timeout")
+        except PipeError as exc:
+            # What a provider, a limit or a proxy without `/key` says is no reason to lock anybody out.
+            error = exc if exc.template in _LOCKING_TEMPLATES else None
+        if error is None:
+            self.note_success(connection)
+            return
+        if digest not in self.failed:
+            LOGGER.warning("The check at the start failed: %s", render_error(error))
+        self.failed[digest] = _Outage(error, self._clock())
+        _drop_oldest(self.failed, _MAX_CATALOGS)
+
+
+_FIRST_PLACE_S: Final = 1.0  # after so long somebody who waits is told the place
+_LAST_PLACE_S: Final = 30.0
+_BUSY: Final = "The server is busy: too many requests are waiting already. Please try again in a moment"
+_PROBE_S: Final = 5.0
+_PROBE_AGAIN_S: Final = 10.0
+_LOCKING_TEMPLATES: Final = frozenset({"network", "timeout", "broken", "authentication"})
+
+
+def _connection_digest(connection: Connection) -> str:
+    return hashlib.sha256(f"{connection.base_url} {connection.key}".encode()).hexdigest()
 
 
 class Runtime:
@@ -11502,18 +11995,37 @@ class Runtime:
         pictures = ImageResults(self.host, self._media)
         self._tools = ToolOrchestrator(self.host, clock)
         self._store = ArtifactStore(self.host, pipe_id, clock)
-        memory = TurnMemory(self._store, env, pipe_id)
+        self._memory = TurnMemory(self._store, env, pipe_id)
         host, media, tools = self.host, self._media, self._tools
-        around = Neighbours(self._registry, account, engine, host, media, pictures, tools, memory)
+        self._metrics = Metrics(self.host, pipe_id, clock)
+        self.logs = SessionLogger(clock)
+        around = Neighbours(
+            self._registry, account, engine, host, media, pictures, tools, self._memory, self.logs
+        )
         self._turns = TurnLoop(around, env, clock)
+        self._checks = StartupChecks(self._client.get_json, clock)
+        self._chats, self._tasks = AdmissionScheduler(), AdmissionScheduler()
+        self._is_busy = False  # and the log has it
         self._jobs: set[_PipeJob] = set()
-        self._background: set[asyncio.Task[None]] = set()
+        self._begun: set[str] = set()  # what is begun once
+        self._housekeeping: asyncio.Task[None] | None = None
+        self._code: str | None = None  # the digest of what the host has for this function
+        self._background: set[asyncio.Task[Any]] = set()
+        self._stack = contextlib.AsyncExitStack()  # what is entered here is closed in the reverse order
 
     def start(self) -> None:
         """Bind to the running loop and take over from an earlier load of this file. Idempotent."""
         if self.loop is not None:
             return
         self.loop = asyncio.get_running_loop()
+        self._maybe_start_log_worker()
+        ends = (
+            *(self._client.aclose, self._registry.aclose, self._publisher.aclose, self._media.aclose),
+            *(self._store.aclose, self._metrics.write, self._checks.aclose, self._end_services),
+        )
+        for end in ends:
+            self._stack.push_async_callback(self._close, end)
+        self._stack.callback(self._tools.aclose)
         if not self._env.secret:
             LOGGER.warning("No WEBUI_SECRET_KEY is set: API keys in the valves are stored as plain text.")
         runtimes = _live_runtimes()
@@ -11521,6 +12033,79 @@ class Runtime:
         runtimes[self.pipe_id] = self
         if predecessor is not None and predecessor is not self:
             predecessor.retire_soon()
+
+    @property
+    def is_current(self) -> bool:
+        """Whether no later load or runtime has taken its place."""
+        return _live_runtimes().get(self.pipe_id) is self
+
+    @property
+    def _warmup_failed(self) -> bool:
+        """Whether a check of the start has failed and nothing has come since."""
+        return bool(self._checks.failed)
+
+    def serve(self, valves: Valves) -> None:
+        """See to it that what runs behind the answers runs as these valves say. Idempotent."""
+        self.logs.least = logging.getLevelNamesMapping()[valves.LOG_LEVEL]
+        self._ensure_concurrency_controls(valves)
+        self._maybe_start_startup_checks(valves)
+        self._maybe_start_redis(valves)
+        self._maybe_start_cleanup()
+
+    def _ensure_concurrency_controls(self, valves: Valves) -> None:
+        self._chats.resize(
+            AdmissionLimits(valves.MAX_CONCURRENT_REQUESTS, valves.MAX_CONCURRENT_REQUESTS_PER_USER)
+        )
+        self._tasks.resize(AdmissionLimits(valves.MAX_CONCURRENT_TASKS))
+
+    def _maybe_start_log_worker(self) -> None:
+        self.logs.start()
+        self._stack.callback(self._stop_log_worker)
+        weakref.finalize(self, self.logs.stop)  # the host forgets functions without a word
+
+    def _stop_log_worker(self) -> None:
+        self.logs.stop()
+
+    def _maybe_start_startup_checks(self, valves: Valves) -> None:
+        if "checks" in self._begun or not valves.ENABLE_STARTUP_CHECKS:
+            return
+        with contextlib.suppress(
+            ConfigurationError
+        ):  # said in the menu, and tried again with the next valves
+            self._checks.begin(_connection(valves, self._env))
+            self._begun.add("checks")
+
+    def _maybe_start_redis(self, valves: Valves) -> None:
+        """What a worker that was killed has left in Redis is moved although nobody asks for it."""
+        if "redis" in self._begun or not self._env.has_redis:
+            return
+        self._begun.add("redis")
+        if _artifact_settings(valves, self._env, self.pipe_id).uses_redis:
+            self._memory.open(valves)
+
+    def _maybe_start_cleanup(self) -> None:
+        if self._housekeeping is None and not self.retired:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(
+                _keep_house(weakref.ref(self)), name="housekeeping", context=contextvars.Context()
+            )
+            self._housekeeping = task
+            weakref.finalize(self, _cancel_in_loop, task, loop)
+
+    async def _end_services(self) -> None:
+        if self._housekeeping is not None:
+            await _end_tasks([self._housekeeping])
+
+    async def keep_house(self) -> None:
+        """What is due each minute: old logs, metrics, and the end if the function is gone or another one."""
+        self.logs.cleanup()
+        await self._metrics.write()
+        code = await self.host.function_digest(self.pipe_id)
+        if self._code is None or code is None:
+            self._code = code if self._code is None else self._code
+        elif code != self._code and not self.retired:
+            LOGGER.info("The function %s was changed or switched off: this instance of it ends", self.pipe_id)
+            self.retire_soon()
 
     async def models(self, valves: Valves) -> list[dict[str, str]]:
         """The entries of the model menu.
@@ -11566,7 +12151,17 @@ class Runtime:
         request_id = secrets.token_hex(4)
         page = ErrorPage(_error_templates(valves), valves.SUPPORT_CONTACT, request_id)
         emitter = Emitter(writer, outlet, emit, self._clock, page)
-        return _PipeJob(request, valves, emitter, outlet, request_id)
+        session = request.session_id or request.chat_id or request.user_id
+        level = logging.getLevelNamesMapping()[valves.LOG_LEVEL]
+        return _PipeJob(
+            request, valves, emitter, outlet, LogContext(session, request.user_id, request_id, level)
+        )
+
+    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Do something that nobody waits for."""
+        task = asyncio.get_running_loop().create_task(work, name=f"background of {self.pipe_id}")
+        self._background.add(task)
+        task.add_done_callback(self._background.discard)
 
     def stream(self, job: _PipeJob) -> AsyncGenerator[JSONObject, None]:
         """The chunks of a job, which starts when the first is asked for."""
@@ -11592,34 +12187,117 @@ class Runtime:
 
     def _submit(self, job: _PipeJob) -> asyncio.Task[None]:
         task = job.task = asyncio.get_running_loop().create_task(
-            self._work(job), name=f"answer {job.request_id}"
+            self._request_worker_loop(job), name=f"answer {job.request_id}"
         )
         self._jobs.add(job)
         task.add_done_callback(lambda _: self._jobs.discard(job))
         return task
 
-    async def _work(self, job: _PipeJob) -> None:
-        try:
-            if self.retired:
-                await job.emitter.send((Failed(AdmissionError(_UPDATED)),))
-            else:
-                await self._turns.run(job)
-        except asyncio.CancelledError:
-            LOGGER.info("request %s: stopped, used so far: %s", job.request_id, job.emitter.usage())
-            await self._say_last(job, job.ended_by)
-            raise
-        except Exception:
-            LOGGER.exception("request %s: unexpected error", job.request_id)
-            await self._say_last(job, PipeError())
-        finally:
-            job.emitter.aclose()
+    async def _request_worker_loop(self, job: _PipeJob) -> None:
+        """Carry one request from its place among those that wait to its end."""
+        gate = self._tasks if job.request.is_task else self._chats
+        ticket: Ticket | None = None
+        outcome, started = "stopped", self._clock()
+        with self.logs.bind(job.context, job.valves.SESSION_LOG_MAX_LINES):
+            try:
+                if self.retired:
+                    raise AdmissionError(_UPDATED)
+                ticket = gate.enter(job.request.user_id)
+                await self._wait_for_turn(ticket, gate, job)
+                outcome = await self._answer(job)
+            except AdmissionError as exc:
+                outcome = "refused"
+                await self._say_last(job, exc)
+            except asyncio.CancelledError:
+                await self._say_last(job, job.ended_by)
+                raise
+            except Exception:
+                outcome = "failed"
+                LOGGER.exception("request %s: unexpected error", job.request_id)
+                await self._say_last(job, PipeError())
+            finally:
+                if ticket is not None:
+                    gate.leave(ticket)
+                job.emitter.aclose()
+                self._note_end(job, outcome, started)
+
+    async def _wait_for_turn(self, ticket: Ticket, gate: AdmissionScheduler, job: _PipeJob) -> None:
+        """Wait until the request may run; the person is told its place, ever less often.
+
+        Raises:
+            AdmissionError: too many wait.
+        """
+        told: int | None = None
+        wait_s = _FIRST_PLACE_S
+        while not ticket.turn.done():
+            await asyncio.wait((ticket.turn,), timeout=wait_s)
+            if ticket.turn.done():
+                break
+            place = gate.place(ticket)
+            if place != told:
+                told, wait_s = place, min(2 * wait_s, _LAST_PLACE_S)
+                before = "this request is the next" if not place else f"{place} requests are before this one"
+                before = before.replace("1 requests are", "1 request is") if place == 1 else before
+                await job.emitter.send((StatusUpdate(f"Waiting for a free place: {before}"),))
+        if not ticket.turn.result():
+            if not self._is_busy:
+                LOGGER.warning("Requests are refused: %d run and %d wait", gate.running, gate.waiting)
+            self._is_busy = True
+            raise AdmissionError(_BUSY, status=503)
+        self._is_busy = self._is_busy and gate.waiting > _QUEUE_MAXSIZE // 2
+        if told is not None:
+            await job.emitter.send((StatusUpdate("Answering", done=True, hidden=True),))
+
+    async def _answer(self, job: _PipeJob) -> str:
+        """Run a job whose turn it is; "answered" or "failed"."""
+        await job.emitter.send(job.remarks)
+        connection: Connection | None = None
+        if self._warmup_failed:
+            with contextlib.suppress(ConfigurationError):
+                connection = _connection(job.valves, self._env)
+                await self._checks.check(connection)
+        error = await self._turns.run(job)
+        if error is not None:
+            self._metrics.count(f"errors.{error.template}")
+        elif connection is not None:
+            self._checks.note_success(connection)
+        return "answered" if error is None else "failed"
+
+    def _note_end(self, job: _PipeJob, outcome: str, started: float) -> None:
+        """One line of what a request took, and the same for the metrics."""
+        usage, request, now = job.emitter.usage(), job.request, self._clock()
+        details = {
+            **_mapping(usage.get("input_tokens_details")),
+            **_mapping(usage.get("output_tokens_details")),
+        }
+        used = {name: usage.get(name) or 0 for name in ("input_tokens", "output_tokens", "cost")}
+        used |= {name: details.get(name) or 0 for name in ("cached_tokens", "reasoning_tokens")}
+        used = {name: value for name, value in {**used, **job.tally}.items() if _is_number(value) and value}
+        times = {"seconds": now - started}
+        if job.emitter.began_at is not None:
+            times["first_token_seconds"] = job.emitter.began_at - started
+        facts = {"outcome": outcome, "model": request.model, "dialect": request.dialect, **used}
+        facts |= {name: round(seconds, 3) for name, seconds in times.items()}
+        LOGGER.log(
+            logging.DEBUG if outcome == "refused" else logging.INFO, "usage %s", _json_dumps(facts).decode()
+        )
+        self._metrics.count(f"requests.{outcome}")
+        for name, amount in used.items():
+            self._metrics.count(name, amount)
+        for name, seconds in times.items() if outcome == "answered" else ():
+            self._metrics.observe(name, seconds)
+        self._metrics.observe("waiting_requests", self._chats.waiting)
+        if job.at_end is not None:
+            job.at_end()
 
     async def _say_last(self, job: _PipeJob, error: PipeError | None) -> None:
         """The last words of a job that did not end by itself: an error, or only the end of its status."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLEANUP_S):
                 await (
-                    job.emitter.send((Failed(error),)) if error is not None else job.emitter.close_status()
+                    job.emitter.send((_failed(error, job, self.logs),))
+                    if error is not None
+                    else job.emitter.close_status()
                 )
 
     def retire_soon(self) -> None:
@@ -11645,18 +12323,44 @@ class Runtime:
         reason = AdmissionError(
             "This function has been updated and had to end this answer. Please send the message again"
         )
-        left = [job for job in self._jobs if job.task is not None and not job.task.done()]
-        for job in left:
-            job.ended_by = reason
-            cast("asyncio.Task[None]", job.task).cancel()
+        left = [self._stop_request_worker(job, reason) for job in self._jobs if job.task is not None]
         if left:
-            await asyncio.wait([cast("asyncio.Task[None]", job.task) for job in left], timeout=_CLEANUP_S)
-        self._tools.aclose()
-        await self._store.aclose()
-        await self._media.aclose()
-        await self._publisher.aclose()
-        await self._registry.aclose()
-        await self._client.aclose()
+            await asyncio.wait(left, timeout=_CLEANUP_S)
+        await self._stack.aclose()
+
+    def _stop_request_worker(self, job: _PipeJob, reason: PipeError) -> asyncio.Task[None]:
+        task = cast("asyncio.Task[None]", job.task)
+        if not task.done():
+            job.ended_by = reason
+            task.cancel()
+        return task
+
+    async def _close(self, end: Callable[[], Awaitable[None]]) -> None:
+        """One part, whatever becomes of the others."""
+        try:
+            await end()
+        except Exception:
+            LOGGER.exception("something could not be closed")
+
+
+async def _keep_house(ref: weakref.ref[Runtime]) -> None:
+    """What a runtime has to do each minute, as long as somebody else holds it."""
+    while (runtime := ref()) is not None:
+        try:
+            await runtime.keep_house()
+        except Exception:
+            LOGGER.exception("the housekeeping failed")
+        del runtime
+        await asyncio.sleep(_HOUSEKEEPING_S * random.uniform(0.9, 1.1))
+
+
+def _cancel_in_loop(task: asyncio.Task[Any], loop: asyncio.AbstractEventLoop) -> None:
+    """End a task from wherever this is; nothing if its loop is gone."""
+    with contextlib.suppress(RuntimeError):
+        loop.call_soon_threadsafe(task.cancel)
+
+
+_HOUSEKEEPING_S: Final = 60.0
 
 
 def _live_runtimes() -> weakref.WeakValueDictionary[str, Any]:
@@ -11690,6 +12394,7 @@ class Pipe:
         self._env = HostEnvironment.read()
         self._runtime: Runtime | None = None
         self._reported: list[str] = []  # the valves that the log has named as unusable
+        self._untold: list[str] = []  # those of which an administrator has to hear in a chat
 
     async def pipes(self) -> list[dict[str, str]]:
         """The models for the menu; one entry that says what is missing where there are none."""
@@ -11719,7 +12424,13 @@ class Pipe:
         host = HostCall(__tools__ or {}, __metadata__ or {}, __request__, __event_call__, __event_emitter__)
         request = _capture(body, __user__, host, __task__)
         runtime = self._started(str(body.get("model") or ""))
-        job = runtime.job(request, _resolve_valves(self.valves, request.user_valves))
+        valves = _resolve_valves(self.valves, request.user_valves, request.is_admin)
+        job = runtime.job(request, valves)
+        if request.is_admin and request.dialect in _DIALECTS_WITH_EVENTS and self._untold:
+            names, self._untold = ", ".join(self._untold), []
+            job.remarks = (Notice(f"Valves of this function with a value that cannot be used: {names}."),)
+        if valves.DEBUG and host.event_call is not None and request.dialect in _DIALECTS_WITH_EVENTS:
+            job.at_end = functools.partial(self._emit_debug_log, job, runtime)
         if request.dialect == "browser":
             return runtime.stream(job)
         if request.dialect == "api_stream":
@@ -11738,6 +12449,15 @@ class Pipe:
         if runtime is not None:
             await runtime.retire(deadline_s)
 
+    def _emit_debug_log(self, job: _PipeJob, runtime: Runtime) -> None:
+        """Print the log of a request to the console of the page that asked; nobody waits for it."""
+        lines = runtime.logs.flush_for_citation(job.context)
+        # As JSON it is a string, whatever is in it: nothing of it runs.
+        code = f"console.debug({json.dumps(f'OpenRouter, request {job.request_id}')}, {json.dumps(lines)})"
+        if (ask := job.request.host.event_call) is not None:
+            asking = ask({"type": "execute", "data": {"code": code}})
+            runtime.in_background(_host_answer(asking, None, "the page takes no log", _DEBUG_LOG_S))
+
     def _started(self, model: str = "") -> Runtime:
         loop = asyncio.get_running_loop()
         problems = self.valves.problems()
@@ -11745,11 +12465,18 @@ class Pipe:
             LOGGER.warning(
                 "Valves whose stored value is not used, the default is: %s", ", ".join(problems) or "none"
             )
-            self._reported = problems
-        if self._runtime is None or self._runtime.loop is not loop:
-            self._runtime = Runtime(_pipe_id(__name__, model), self._env)
-            self._runtime.start()
-        return self._runtime
+            self._reported = self._untold = problems
+        runtime = self._runtime
+        # One that ended by itself, because the function was switched off, is followed by a new one.
+        has_ended = runtime is not None and runtime.retired and runtime.is_current
+        if runtime is None or runtime.loop is not loop or has_ended:
+            runtime = self._runtime = Runtime(_pipe_id(__name__, model), self._env)
+            runtime.start()
+        runtime.serve(self.valves)
+        return runtime
+
+
+_DEBUG_LOG_S: Final = 2.0
 
 
 def _capture(
@@ -11770,6 +12497,7 @@ def _capture(
         model=_upstream_model_id(str(body.get("model") or "")),
         chat_id=context.chat_id,
         message_id=context.message_id,
+        session_id=_text(metadata.get("session_id")),
         user_id=str(user.get("id") or ""),
         is_admin=user.get("role") == "admin",
         picked_model=str(_mapping(metadata.get("model")).get("id") or ""),

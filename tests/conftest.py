@@ -4,18 +4,37 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
 from sqlalchemy.ext.asyncio import AsyncEngine
 
 import pytest_bootstrap  # noqa: F401 - importing it is what puts the stubs in place
-from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
+from openrouter_responses_pipe.openrouter_responses_pipe import LOGGER, Pipe
 from openrouter_responses_pipe.simulator import Simulator
 from pytest_bootstrap import HostFiles, host_database, host_files, host_functions, host_models, host_redis
 from tests import engines
 from tests.media import Site, serving_site
 from tests.support import running_pipe
+
+
+class WrittenLog:
+    """`caplog`, read only when what has been logged is written: a thread does that."""
+
+    def __init__(self, caplog: pytest.LogCaptureFixture) -> None:
+        self._caplog = caplog
+
+    def __getattr__(self, name: str) -> Any:
+        for handler in tuple(LOGGER.handlers):
+            handler.flush()
+        return getattr(self._caplog, name)
+
+
+@pytest.fixture
+def caplog(caplog: pytest.LogCaptureFixture) -> Any:
+    """The log, as soon as it is written."""
+    return WrittenLog(caplog)
 
 
 @pytest.fixture

@@ -208,12 +208,15 @@ async def running_pipe(base_url: str, **valves: Any) -> AsyncIterator[Pipe]:
         yield pipe
     finally:
         await pipe.aclose(deadline_s=0)
-    await all_ended(before)
+    await all_ended(before, services_too=True)
 
 
 def set_valves(pipe: Pipe, base_url: str, **valves: Any) -> None:
-    """Give a pipe its valves the way the host does. A failure is final unless the test says otherwise."""
-    pipe.valves = pipe.Valves(**({"API_KEY": KEY, "BASE_URL": base_url, "RETRY_ATTEMPTS": 0} | valves))
+    """Give a pipe its valves the way the host does. A failure is final, and what OpenRouter is asked is
+    asked for a chat, unless the test says otherwise.
+    """
+    usual: Json = {"API_KEY": KEY, "BASE_URL": base_url, "RETRY_ATTEMPTS": 0, "ENABLE_STARTUP_CHECKS": False}
+    pipe.valves = pipe.Valves(**(usual | valves))
 
 
 def connection_to(base_url: str, **changes: Any) -> Connection:
@@ -221,9 +224,13 @@ def connection_to(base_url: str, **changes: Any) -> Connection:
     return Connection(**({"base_url": base_url, "key": KEY, "idle_timeout_s": PATIENCE_S} | changes))
 
 
-async def all_ended(before: set[asyncio.Task[Any]]) -> None:
-    """Expect that all tasks that came after `before`, the simulator's aside, end soon."""
+async def all_ended(before: set[asyncio.Task[Any]], *, services_too: bool = False) -> None:
+    """Expect that all tasks that came after `before`, the simulator's aside, end soon.
+
+    With `services_too` also what a runtime does for itself, as long as it lives.
+    """
     tasks = [task for task in asyncio.all_tasks() - before if not _is_a_servers(task)]
+    tasks = [task for task in tasks if services_too or task.get_name() != "housekeeping"]
     tasks = [task for task in tasks if task is not asyncio.current_task()]
     if tasks:
         _, left = await asyncio.wait(tasks, timeout=SOON_S)

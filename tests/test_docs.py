@@ -65,15 +65,8 @@ GIVEN_NAMES: Final[dict[int, str]] = {
 # Given names whose work has not come yet. A name leaves this list with its work.
 PENDING: Final = words(
     """
-    _QUEUE_MAXSIZE StatusMessages
-    SessionLogger SessionLogger.logs SessionLogger._enqueue SessionLogger.cleanup
-    SessionLogger.flush_for_citation ServiceEnvironment
-    Metrics CostLedger JobTable ContextKeeper
-    VideoJobs AdmissionScheduler Runtime._ensure_concurrency_controls
-    Runtime._maybe_start_log_worker Runtime._maybe_start_startup_checks Runtime._maybe_start_redis
-    Runtime._maybe_start_cleanup Runtime._request_worker_loop Runtime._stop_request_worker
-    Runtime._stop_log_worker Runtime._warmup_failed send_to_openrouter send_to_openrouter_no_stream
-    get_available_models get_openrouter_headers Pipe._emit_debug_log
+    StatusMessages ServiceEnvironment CostLedger JobTable ContextKeeper VideoJobs
+    send_to_openrouter send_to_openrouter_no_stream get_available_models get_openrouter_headers
     """
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import math
 import re
@@ -464,8 +465,14 @@ async def test_one_line_for_each_request(pipe: Pipe, caplog: pytest.LogCaptureFi
         await ask(pipe, "hello", dialect)
     lines = [record.getMessage() for record in caplog.records if "answered" in record.getMessage()]
     assert len(lines) == len(ALL)
-    assert len({re.search(r"request ([0-9a-f]{8})", line) for line in lines}) == len(ALL)
-    assert all(MODEL in line and "tokens in" in line for line in lines)
+    found = [
+        re.fullmatch(r"usage (\{.*\}) \[request ([0-9a-f]{8}), user user, session \w+\]", line)
+        for line in lines
+    ]
+    assert len({match[2] for match in found if match}) == len(ALL)
+    facts = [json.loads(match[1]) for match in found if match]
+    assert {fact["model"] for fact in facts} == {MODEL}
+    assert all(fact["output_tokens"] and fact["cost"] and "first_token_seconds" in fact for fact in facts)
 
 
 # Many requests through one object

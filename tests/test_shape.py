@@ -80,14 +80,14 @@ FRONT_MATTER_LINES: Final = 60
 # The nine places where an error of any kind may be caught; each logs or raises again.
 # "" = that part of the work has not come yet.
 BROAD_EXCEPT: Final[dict[str, str]] = {
-    "request worker": "Runtime._work",
+    "request worker": "Runtime._request_worker_loop",
     "tool call": "ToolOrchestrator._call",
     "emitter send": "_SafeEmitter.__call__",
     "background service": "ModelPublisher._catch_up",
     "Redis call": "",
-    "runtime close": "",
+    "runtime close": "Runtime._close",
     "host call": "_host_answer",
-    "service task": "",
+    "service task": "_keep_house",
     "Pipe.pipes": "Pipe.pipes",
 }
 

@@ -47,6 +47,7 @@ class Row(NamedTuple):
 
 
 PROFILES: Final = ("auto", "quick", "normal", "slow", "custom")
+LEVELS: Final = ("DEBUG", "INFO", "WARNING", "ERROR")
 ROWS: Final[dict[str, Row]] = {
     "API_KEY": Row("string", ""),
     "BASE_URL": Row("string", "https://openrouter.ai/api/v1"),
@@ -132,6 +133,14 @@ ROWS: Final[dict[str, Row]] = {
     "ENABLE_REDIS_CACHE": Row("string", "auto", choices=("auto", "on", "off")),
     "REDIS_CACHE_TTL_SECONDS": Row("integer", 600, 1, 86_400),
     "REDIS_PENDING_WARN_THRESHOLD": Row("integer", 100, 1, 1_000_000),
+    "MAX_CONCURRENT_REQUESTS": Row("integer", 500, 1, 5000),
+    "MAX_CONCURRENT_REQUESTS_PER_USER": Row("integer", 0, 0, 5000),
+    "MAX_CONCURRENT_TASKS": Row("integer", 20, 1, 500),
+    "ENABLE_STARTUP_CHECKS": Row("boolean", True),
+    "LOG_LEVEL": Row("string", "INFO", choices=LEVELS),
+    "SESSION_LOG_MAX_LINES": Row("integer", 2000, 100, 20_000),
+    "SHOW_ERROR_LOG_CITATION": Row("string", "admins", choices=("off", "admins", "everyone")),
+    "DEBUG": Row("boolean", False),
 }
 USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "API_KEY": (),
@@ -143,6 +152,8 @@ USER_ROWS: Final[dict[str, tuple[str, ...]]] = {
     "ENABLE_TOOLS": ("inherit", "off"),
     "SHOW_THINKING": ("inherit", "on", "off"),
     "SHOW_FINAL_USAGE_STATUS": ("inherit", "on", "off"),
+    "LOG_LEVEL": ("inherit", *LEVELS),
+    "DEBUG": ("inherit", "on", "off"),
 }
 NUMBERS: Final = [name for name, row in ROWS.items() if row.kind == "integer"]
 SWITCHES: Final = [name for name, row in ROWS.items() if row.kind == "boolean"]
