@@ -2282,10 +2282,19 @@ class LogContext(NamedTuple):
 _LOG_CONTEXT: Final = contextvars.ContextVar("openrouter_log", default=LogContext())  # noqa: B039 - a tuple
 
 
-class SessionLog(NamedTuple):
-    """The latest lines of one session as (request, line), and when it was used by the logger's clock."""
+class LogLine(NamedTuple):
+    """A line of a request; `created` is in seconds since 1970."""
 
-    lines: deque[tuple[str, str]]
+    request: str
+    created: float
+    level: str
+    text: str
+
+
+class SessionLog(NamedTuple):
+    """The latest lines of one session, and when it was used by the logger's clock."""
+
+    lines: deque[LogLine]
     used_at: float
 
 
@@ -2309,7 +2318,7 @@ class SessionLogger(logging.Handler):
         """What is logged inside, also by tasks that are made there, is of `context`."""
         self.cleanup()
         known = self.logs.pop(context.session, None)
-        lines = known.lines if known is not None else deque[tuple[str, str]]()
+        lines = known.lines if known is not None else deque[LogLine]()
         if lines.maxlen != most_lines:
             lines = deque(lines, most_lines)
         self.logs[context.session] = SessionLog(lines, self._clock())
@@ -2328,7 +2337,8 @@ class SessionLogger(logging.Handler):
         text = _UNPRINTABLE_RE.sub(" ", record.getMessage())
         log = self.logs.get(context.session) if context.request else None
         if log is not None:
-            log.lines.append((context.request, _log_line(record, text)))
+            whole = text + _traceback_of(record) if record.exc_info else text
+            log.lines.append(LogLine(context.request, record.created, record.levelname, whole))
         if record.levelno >= (context.level if context.request else self.least):
             self._enqueue(record, text + context.marks)
 
@@ -2347,10 +2357,10 @@ class SessionLogger(logging.Handler):
     def flush_for_citation(self, context: LogContext) -> str:
         """The lines of one request for people to read: without keys, ids and addresses."""
         log = self.logs.get(context.session)
-        lines = [line for request, line in log.lines if request == context.request] if log else []
-        text = "\n".join(lines)
-        for own in filter(None, (context.user, context.session)):
-            text = text.replace(own, "[…]")
+        lines = [line for line in log.lines if line.request == context.request] if log else []
+        text = "\n".join(map(_as_read, lines))
+        for own in (context.user, context.session):
+            text = text.replace(own, "[…]") if len(own) > _SHORT_ID_CHARS else text
         return _UUID_RE.sub("[…]", _IDS_RE.sub("[…]", text))
 
     def cleanup(self) -> None:
@@ -2370,18 +2380,20 @@ class SessionLogger(logging.Handler):
 
     def stop(self) -> None:
         """Take nothing more; the thread ends when it has written what waits. Idempotent."""
-        LOGGER.removeHandler(self)
-        thread, self._thread = self._thread, None
-        if thread is not None:
+        if self in LOGGER.handlers:
+            LOGGER.removeHandler(self)
             with contextlib.suppress(queue.Full):  # the log hangs: the thread dies with the process
                 self._waiting.put_nowait(None)
 
     def flush(self) -> None:
         """Wait until what was logged before is written, for a second at most."""
-        written = threading.Event()
-        with contextlib.suppress(queue.Full):
-            self._waiting.put(written, timeout=_LOG_FLUSH_S)
-            written.wait(_LOG_FLUSH_S if self._thread is not None else 0.0)
+        if self._thread is not None and self not in LOGGER.handlers:
+            self._thread.join(_LOG_FLUSH_S)
+        elif self._thread is not None:
+            written = threading.Event()
+            with contextlib.suppress(queue.Full):
+                self._waiting.put(written, timeout=_LOG_FLUSH_S)
+                written.wait(_LOG_FLUSH_S)
 
     # Three functions deep, so that the server's log finds one of this file where it looks for the caller.
     def _run(self) -> None:
@@ -2391,25 +2403,28 @@ class SessionLogger(logging.Handler):
     def _write(self, line: logging.LogRecord | threading.Event) -> None:
         if isinstance(line, threading.Event):
             line.set()
-        else:
+            return
+        try:
             LOGGER.pass_on(line)
+        except Exception:  # a handler of the server's that raises: the next line may fare better
+            self.handleError(line)
 
 
-def _log_line(record: logging.LogRecord, text: str) -> str:
-    """A line as people read it, cut where it is very long; of an error also where it came from."""
-    seconds = time.strftime("%H:%M:%S", time.gmtime(record.created))
-    if record.exc_info and record.exc_info[0] is not None:
-        text += "\n" + "".join(traceback.format_exception(*record.exc_info))
-    return f"{seconds}.{record.msecs:03.0f} {record.levelname} {_cut(text)}"
+def _traceback_of(record: logging.LogRecord) -> str:
+    if record.exc_info is None or record.exc_info[0] is None:
+        return ""
+    return "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _MOST_LINE_CHARS else text[:_MOST_LINE_CHARS] + " …"
+def _as_read(line: LogLine) -> str:
+    clock = time.strftime("%H:%M:%S", time.gmtime(line.created))
+    return f"{clock}.{int(line.created % 1 * 1000):03} {line.level} {line.text[:_MOST_LINE_CHARS]}"
 
 
 _MOST_LOG_LINES: Final = 10_000  # that wait for the server's log
 _MOST_LINE_CHARS: Final = 4_000
 _MOST_SESSION_LOGS: Final = 500
+_SHORT_ID_CHARS: Final = 5  # could be any word
 _SESSION_LOG_S: Final = 3600.0
 _LOG_FLUSH_S: Final = 1.0
 
@@ -10907,6 +10922,8 @@ class StreamingEngine:
             error = retry_state.outcome.exception()
             seconds = max(1, round(retry_state.next_action.sleep))
             call.said_wait = True
+            words = _log_words(error).replace(connection.key, "[the key]")
+            LOGGER.info("a try has failed, the next one comes in %d s: %s", seconds, words)
             await call.hand_over([StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s")])
 
         tries = AsyncRetrying(
@@ -11151,6 +11168,13 @@ async def _drain(reads: _Reads) -> None:
 _DRAIN_S: Final = 0.25
 
 
+def _log_words(error: BaseException | None) -> str:
+    """A failure as the log has it."""
+    if not isinstance(error, PipeError):
+        return type(error).__name__
+    return f"{error.template}, HTTP {error.status or '-'}: {error.detail}"
+
+
 def _retry_words(error: BaseException | None) -> str:
     template = error.template if isinstance(error, PipeError) else "provider"
     return _ADVICE.get(template, _ADVICE["provider"])[0] or "OpenRouter could not answer."
@@ -11348,7 +11372,7 @@ class TurnLoop:
         except PipeError as exc:
             error = exc
         if error is not None:
-            LOGGER.info("failed (%s, HTTP %s): %s", error.template, error.status or "-", error.detail)
+            LOGGER.info("failed: %s", _log_words(error))
             await self._add_hint(error, job)
             await job.emitter.send((_failed(error, job, self._logs),))
         return error
@@ -12061,7 +12085,8 @@ class Runtime:
     def _maybe_start_log_worker(self) -> None:
         self.logs.start()
         self._stack.callback(self._stop_log_worker)
-        weakref.finalize(self, self.logs.stop)  # the host forgets functions without a word
+        # The host forgets functions without a word; at the end of the process `logging` itself flushes.
+        weakref.finalize(self, self.logs.stop).atexit = False
 
     def _stop_log_worker(self) -> None:
         self.logs.stop()
@@ -12090,7 +12115,7 @@ class Runtime:
                 _keep_house(weakref.ref(self)), name="housekeeping", context=contextvars.Context()
             )
             self._housekeeping = task
-            weakref.finalize(self, _cancel_in_loop, task, loop)
+            weakref.finalize(self, _cancel_in_loop, task, loop).atexit = False
 
     async def _end_services(self) -> None:
         if self._housekeeping is not None:

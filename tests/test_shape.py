@@ -84,7 +84,7 @@ BROAD_EXCEPT: Final[dict[str, str]] = {
     "tool call": "ToolOrchestrator._call",
     "emitter send": "_SafeEmitter.__call__",
     "background service": "ModelPublisher._catch_up",
-    "Redis call": "",
+    "log sink": "SessionLogger._write",
     "runtime close": "Runtime._close",
     "host call": "_host_answer",
     "service task": "_keep_house",
@@ -805,7 +805,7 @@ def _logs_or_raises(handler: ast.ExceptHandler) -> bool:
         if isinstance(node, ast.Raise):
             return True
         if isinstance(node, ast.Call) and re.search(
-            r"(^|\.)_?(logger|log)(\.|$)", _dotted(node.func), re.IGNORECASE
+            r"(^|\.)_?(logger|log)(\.|$)|\.handleError$", _dotted(node.func), re.IGNORECASE
         ):
             return True
     return False
