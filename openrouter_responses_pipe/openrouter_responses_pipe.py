@@ -2282,6 +2282,13 @@ class LogContext(NamedTuple):
 _LOG_CONTEXT: Final = contextvars.ContextVar("openrouter_log", default=LogContext())  # noqa: B039 - a tuple
 
 
+def _nobodys_context() -> contextvars.Context:
+    """For what serves all: it is of no request, although one may have begun it."""
+    context = contextvars.copy_context()
+    context.run(_LOG_CONTEXT.set, LogContext())
+    return context
+
+
 class LogLine(NamedTuple):
     """A line of a request; `created` is in seconds since 1970."""
 
@@ -2330,9 +2337,9 @@ class SessionLogger(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line; of several loggers (of a runtime that ends and one that has begun) only one does."""
-        context, there = _LOG_CONTEXT.get(), LOGGER.handlers
-        owner = context.owner if context.owner in there else next(iter(there), self)
-        if owner is not self:
+        context = _LOG_CONTEXT.get()
+        there = [handler for handler in LOGGER.handlers if isinstance(handler, SessionLogger)]
+        if self is not (context.owner if context.owner in there else there[0]):
             return
         text = _UNPRINTABLE_RE.sub(" ", record.getMessage())
         log = self.logs.get(context.session) if context.request else None
@@ -4159,7 +4166,7 @@ class OpenRouterModelRegistry:
         if outage is not None and self._clock() < outage.ends_at:
             return None
         task = asyncio.get_running_loop().create_task(
-            self._load(key, digest, connection), name="model list", context=contextvars.Context()
+            self._load(key, digest, connection), name="model list", context=_nobodys_context()
         )
         self._loading[asked] = _Loading(task, self._clock())
         task.add_done_callback(lambda _: self._loading.pop(asked, None))
@@ -4723,7 +4730,7 @@ class ModelPublisher:
         is_busy = self._task is not None and not self._task.done()
         if self._is_due and not is_busy and self._clock() >= self._next_try_at:
             self._task = asyncio.get_running_loop().create_task(
-                self._catch_up(), name="publish models", context=contextvars.Context()
+                self._catch_up(), name="publish models", context=_nobodys_context()
             )
 
     async def wait(self, longest_s: float) -> None:
@@ -10288,7 +10295,7 @@ class ArtifactStore:
 
     def _in_background(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         task = asyncio.get_running_loop().create_task(
-            work, name=f"artifacts of {self._pipe_id}", context=contextvars.Context()
+            work, name=f"artifacts of {self._pipe_id}", context=_nobodys_context()
         )
         self._tasks.add(task)
         task.add_done_callback(self._note_end)
@@ -10451,16 +10458,17 @@ class Metrics:
     async def write(self) -> None:
         """Write a row, if there is something to say and a database; what fails is in the next row."""
         counts, spreads = self._counts, self._spreads
-        database = self._host.database() if counts or spreads else None
-        if database is None:
+        if not counts and not spreads:
             return
         self._counts, self._spreads = {}, {}
         now = self._clock()
         row = MetricsRow(self._worker, self._now(), now - self._since, counts, spreads)
         try:
-            async with asyncio.timeout(_CLEANUP_S):
-                await MetricsTable(database, self._pipe_id).add(row, _KEEP_METRICS_S)
-        except (StorageError, TimeoutError) as exc:
+            database = self._host.database()
+            if database is not None:
+                async with asyncio.timeout(_CLEANUP_S):
+                    await MetricsTable(database, self._pipe_id).add(row, _KEEP_METRICS_S)
+        except (StorageError, TimeoutError, ImportError) as exc:
             LOGGER.debug("the metrics could not be written: %s", exc)
             self._take_back(counts, spreads)
         else:
@@ -11923,7 +11931,7 @@ class StartupChecks:
         digest = _connection_digest(connection)
         if digest not in self._probes:
             task = asyncio.get_running_loop().create_task(
-                self._probe(connection, digest), name="startup check", context=contextvars.Context()
+                self._probe(connection, digest), name="startup check", context=_nobodys_context()
             )
             self._probes[digest] = task
             task.add_done_callback(lambda _: self._probes.pop(digest, None))
@@ -12112,7 +12120,7 @@ class Runtime:
         if self._housekeeping is None and not self.retired:
             loop = asyncio.get_running_loop()
             task = loop.create_task(
-                _keep_house(weakref.ref(self)), name="housekeeping", context=contextvars.Context()
+                _keep_house(weakref.ref(self)), name="housekeeping", context=_nobodys_context()
             )
             self._housekeeping = task
             weakref.finalize(self, _cancel_in_loop, task, loop).atexit = False

@@ -29,7 +29,7 @@ from sqlalchemy import event
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from openrouter_responses_pipe.openrouter_responses_pipe import Pipe
+from openrouter_responses_pipe.openrouter_responses_pipe import LOGGER, Pipe
 from openrouter_responses_pipe.simulator import Simulator
 from tests import engines
 from tests.artifact_worker import PIPE, SECRET, change, held, path_of
@@ -432,16 +432,16 @@ def role_of(url: str) -> Iterator[str]:
 @contextlib.contextmanager
 def several_hosts() -> Iterator[PhasedLog]:
     """Have each context of this process be at home in a host of its own; what the log has of all."""
-    seen, logger = PhasedLog(), logging.getLogger(LOG)
+    seen = PhasedLog()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("WEBUI_SECRET_KEY", SECRET)
         patch.delattr("open_webui.internal.db.async_engine")
         patch.setattr("open_webui.internal.db.__getattr__", _engine_here, raising=False)
-        logger.addHandler(seen)
+        LOGGER.addHandler(seen)
         try:
             yield seen
         finally:
-            logger.removeHandler(seen)
+            LOGGER.removeHandler(seen)
 
 
 @contextlib.asynccontextmanager
