@@ -56,6 +56,7 @@ import fnmatch
 import functools
 import hashlib
 import hmac
+import importlib
 import inspect
 import io
 import ipaddress
@@ -3063,10 +3064,21 @@ def _update_limits(valves: Valves) -> tuple[int, float]:
 # Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
 
 
-def _host_models() -> Any:
-    from open_webui.models import models  # pyright: ignore[reportMissingImports]  # host only
+def _host(module: str, name: str = "") -> Any:
+    """`from open_webui.<module> import <name>`, or the module, when it is needed.
 
-    return models
+    Raises:
+        ImportError: this version of the host does not have it.
+    """
+    found = importlib.import_module(f"open_webui.{module}")
+    try:
+        return getattr(found, name) if name else found
+    except AttributeError:
+        raise ImportError(f"cannot import name '{name}' from 'open_webui.{module}'") from None
+
+
+def _host_models() -> Any:
+    return _host("models.models")
 
 
 def _model_row(row: Any) -> ModelRow:
@@ -3137,27 +3149,19 @@ async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_
 
 
 async def _saved_cost(chat_id: str) -> float:
-    from open_webui.internal.db import (  # pyright: ignore[reportMissingImports]  # host only
-        get_async_db_context,
-    )
-    from open_webui.models.chat_messages import (  # pyright: ignore[reportMissingImports]  # host only
-        ChatMessage,
-    )
+    chat_message = _host("models.chat_messages", "ChatMessage")
 
-    async with get_async_db_context() as session:
-        usages = await session.scalars(sa.select(ChatMessage.usage).where(ChatMessage.chat_id == chat_id))
+    async with _host("internal.db", "get_async_db_context")() as session:
+        usages = await session.scalars(sa.select(chat_message.usage).where(chat_message.chat_id == chat_id))
         costs = [_mapping(usage).get("cost") for usage in usages]
     return math.fsum(cost for cost in costs if _is_number(cost) and cost > 0)
 
 
 async def _known_chats(chat_ids: Sequence[str]) -> set[str]:
-    from open_webui.internal.db import (  # pyright: ignore[reportMissingImports]  # host only
-        get_async_db_context,
-    )
-    from open_webui.models.chats import Chat  # pyright: ignore[reportMissingImports]  # host only
+    chat = _host("models.chats", "Chat")
 
-    async with get_async_db_context() as session:
-        return set(await session.scalars(sa.select(Chat.id).where(Chat.id.in_(chat_ids))))
+    async with _host("internal.db", "get_async_db_context")() as session:
+        return set(await session.scalars(sa.select(chat.id).where(chat.id.in_(chat_ids))))
 
 
 async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int) -> MediaBlob:
@@ -3169,10 +3173,8 @@ async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int)
         raise InputError("There is no such file, or it is not yours")
     size = _mapping(row.meta).get("size")
     _check_size(size if _is_number(size) else 0, most_bytes)
-    from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
-
     # Where files are kept elsewhere (S3 …) this downloads it.
-    fetching = asyncio.to_thread(Storage.get_file, row.path)
+    fetching = asyncio.to_thread(_host("storage.provider", "Storage").get_file, row.path)
     path = await _host_answer(fetching, "", "a file could not be had from the storage", _STORAGE_S)
     if not path:
         raise InputError("It is not there any more")
@@ -3187,17 +3189,16 @@ def _is_described(file: Mapping[str, Any]) -> bool:
 
 async def _readable_file(file_id: str, user_id: str) -> Any:
     """The row of a file, None if it is not there or not for this person."""
-    from open_webui.models.files import Files  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.utils.access_control.files import (  # pyright: ignore[reportMissingImports]  # host only
-        has_access_to_file,
-    )
-
-    row = await Files.get_file_by_id(file_id)
+    row = await _host("models.files", "Files").get_file_by_id(file_id)
     if row is None or row.user_id == user_id:
         return row
-    user = await Users.get_user_by_id(user_id)
-    return row if user is not None and await has_access_to_file(file_id, "read", user) else None
+    user = await _host("models.users", "Users").get_user_by_id(user_id)
+    return (
+        row
+        if user is not None
+        and await _host("utils.access_control.files", "has_access_to_file")(file_id, "read", user)
+        else None
+    )
 
 
 def _check_size(size: float, most_bytes: int) -> None:
@@ -3220,17 +3221,14 @@ def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
 
 
 async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
-    from open_webui.models.files import FileForm, Files  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.storage.provider import Storage  # pyright: ignore[reportMissingImports]  # host only
-
     tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
     plain_name = re.sub(r"[^\w.-]+", "_", blob.name).encode()[-80:].decode(errors="ignore")
     _, path = await asyncio.to_thread(
-        Storage.upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
+        _host("storage.provider", "Storage").upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
     )
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
-    form = FileForm(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
-    row = await Files.insert_new_file(request.user_id, form)
+    form = _host("models.files", "FileForm")(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
+    row = await _host("models.files", "Files").insert_new_file(request.user_id, form)
     if row is not None and request.message_id:
         await _host_answer(_link_file(file_id, request), None, "a file could not be linked to its chat")
     return row is not None
@@ -3239,22 +3237,18 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
 async def _link_file(file_id: str, request: ChatRequest) -> None:
     """Let whoever may read the chat or channel have a file of it."""
     if request.chat_id.startswith("channel:"):
-        from open_webui.models.channels import (  # pyright: ignore[reportMissingImports]  # host only
-            Channels,
-        )
-
         channel_id = request.chat_id.removeprefix("channel:")
-        await Channels.add_file_to_channel_by_id(channel_id, file_id, request.user_id)
+        await _host("models.channels", "Channels").add_file_to_channel_by_id(
+            channel_id, file_id, request.user_id
+        )
     elif _is_kept_chat(request.chat_id):
-        from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
-
-        await Chats.insert_chat_files(request.chat_id, request.message_id, [file_id], request.user_id)
+        await _host("models.chats", "Chats").insert_chat_files(
+            request.chat_id, request.message_id, [file_id], request.user_id
+        )
 
 
 async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
-    from open_webui.models.chats import Chats  # pyright: ignore[reportMissingImports]  # host only
-
-    messages = _mapping(await Chats.get_messages_map_by_chat_id(chat_id))
+    messages = _mapping(await _host("models.chats", "Chats").get_messages_map_by_chat_id(chat_id))
     found: list[tuple[str, frozenset[str]]] = []
     seen: set[str] = set()
     while question_id in messages and question_id not in seen:
@@ -3305,13 +3299,8 @@ _NO_OUTPUT: Final = "(The tool gave no output.)"
 async def _processed_result(
     call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
 ) -> ToolResult:
-    from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.utils import middleware  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.utils.middleware import (  # pyright: ignore[reportMissingImports]  # host only
-        _is_tool_result_error,
-    )
-
-    user = await Users.get_user_by_id(_text(host.metadata.get("user_id")))
+    middleware = _host("utils", "middleware")
+    user = await _host("models.users", "Users").get_user_by_id(_text(host.metadata.get("user_id")))
     metadata = dict(host.metadata)
     shown = middleware.build_terminal_file_tool_result(call.name, arguments, result, tool, metadata)
     kind, is_direct = _text(tool.get("type")), bool(tool.get("direct"))
@@ -3333,7 +3322,7 @@ async def _processed_result(
         if not url.startswith("data:"):
             displayed.append(dict(file))
     sources = _tool_sources(middleware, call, tool, arguments, text, metadata)
-    failed = bool(_is_tool_result_error(text))
+    failed = bool(_host("utils.middleware", "_is_tool_result_error")(text))
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
 
 
@@ -3377,24 +3366,17 @@ def _tool_sources(
 
 
 def _forwards_identity() -> bool:
-    from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
-
-    return getattr(env, "ENABLE_FORWARD_USER_INFO_HEADERS", False)
+    return getattr(_host("env"), "ENABLE_FORWARD_USER_INFO_HEADERS", False)
 
 
 async def _function_digest(function_id: str) -> str:
-    from open_webui.models.functions import Functions  # pyright: ignore[reportMissingImports]  # host only
-
-    row = await Functions.get_function_by_id(function_id)
+    row = await _host("models.functions", "Functions").get_function_by_id(function_id)
     code = _text(getattr(row, "content", ""))
     return hashlib.sha256(code.encode()).hexdigest() if row is not None and row.is_active else ""
 
 
 async def _identity_headers(request: ChatRequest) -> dict[str, str]:
-    from open_webui import env as host_env  # pyright: ignore[reportMissingImports]  # host only
-    from open_webui.utils.headers import (  # pyright: ignore[reportMissingImports]  # host only
-        include_user_info_headers,
-    )
+    include_user_info_headers = _host("utils.headers", "include_user_info_headers")
 
     user = types.SimpleNamespace(
         **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
@@ -3403,7 +3385,7 @@ async def _identity_headers(request: ChatRequest) -> dict[str, str]:
         headers = include_user_info_headers({}, user, request=request.host.request)
     except TypeError:  # older ones do not ask for the request
         headers = include_user_info_headers({}, user)
-    chat = {host_env.FORWARD_SESSION_INFO_HEADER_CHAT_ID: request.chat_id} if request.chat_id else {}
+    chat = {_host("env").FORWARD_SESSION_INFO_HEADER_CHAT_ID: request.chat_id} if request.chat_id else {}
     return {**headers, **chat}
 
 
@@ -3420,6 +3402,9 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
 # Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
 
 
+_OUR_FOLDER: Final = "openrouter_responses_pipe"
+
+
 class OpenWebUIHost:
     """What is asked of the host. Without a host (terminal) every answer is neutral."""
 
@@ -3428,37 +3413,29 @@ class OpenWebUIHost:
 
     def data_folder(self) -> Path | None:
         """Where files of ours may lie; no other program reads them."""
-        if self.version is None:
-            return None
-        try:
-            from open_webui.env import DATA_DIR  # pyright: ignore[reportMissingImports]  # host only
-        except ImportError:
-            return None
-        return Path(DATA_DIR) / "openrouter_responses_pipe"
+        with contextlib.suppress(ImportError):
+            return None if self.version is None else Path(_host("env", "DATA_DIR")) / _OUR_FOLDER
+        return None
 
     def database(self) -> Database | None:
         """The database that the host keeps everything in; None without a host."""
         if self.version is None:
             return None
-        from open_webui.env import DATABASE_SCHEMA  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.internal.db import async_engine  # pyright: ignore[reportMissingImports]  # host only
+        async_engine = _host("internal.db", "async_engine")
 
-        return None if async_engine is None else Database(async_engine, DATABASE_SCHEMA)
+        return None if async_engine is None else Database(async_engine, _host("env", "DATABASE_SCHEMA"))
 
     def redis(self) -> tuple[Any, str] | None:
         """(a client of the host's Redis that speaks bytes, the prefix of its keys); None if it has none."""
         if self.version is None:
             return None
-        from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.utils.redis import (  # pyright: ignore[reportMissingImports]  # host only
-            get_redis_connection,
-            get_sentinels_from_env,
+        env = _host("env")
+        sentinels = _host("utils.redis", "get_sentinels_from_env")(
+            env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT
         )
-
-        sentinels = get_sentinels_from_env(env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT)
         if not env.REDIS_URL and not sentinels:
             return None
-        client = get_redis_connection(
+        client = _host("utils.redis", "get_redis_connection")(
             env.REDIS_URL, sentinels, env.REDIS_CLUSTER, async_mode=True, decode_responses=False
         )
         return client, env.REDIS_KEY_PREFIX
@@ -3480,9 +3457,7 @@ class OpenWebUIHost:
         """OpenTelemetry's meter, where the server exports metrics by it; else None."""
         if self.version is None:
             return None
-        from open_webui import env  # pyright: ignore[reportMissingImports]  # host only
-
-        if not getattr(env, "ENABLE_OTEL_METRICS", False):
+        if not getattr(_host("env"), "ENABLE_OTEL_METRICS", False):
             return None
         from opentelemetry import metrics  # pyright: ignore[reportMissingImports]  # it comes with Open WebUI
 
@@ -3525,9 +3500,7 @@ class OpenWebUIHost:
         Raises:
             Exception: whatever the host's database says.
         """
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
-        owner = await Users.get_super_admin_user()
+        owner = await _host("models.users", "Users").get_super_admin_user()
         if owner is None:
             return False
         return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
@@ -3538,13 +3511,11 @@ class OpenWebUIHost:
         Raises:
             Exception: whatever the host's database says.
         """
-        from open_webui.models.access_grants import (  # pyright: ignore[reportMissingImports]  # host only
-            AccessGrants,
-        )
-
         form = _model_form(row)
         if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
-            await AccessGrants.set_access_grants("model", row.id, form.access_grants)
+            await _host("models.access_grants", "AccessGrants").set_access_grants(
+                "model", row.id, form.access_grants
+            )
         return bool(await _host_models().Models.update_model_by_id(row.id, form))
 
     async def delete_model_row(self, row_id: str) -> bool:
@@ -3561,16 +3532,13 @@ class OpenWebUIHost:
         By name: the value in force, or None, then the options of controls, among which people choose.
         What somebody else has set, in a workspace model of their own, does not count.
         """
-        from open_webui.models.config import Config  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
         sets: list[Any] = []
         for model_id in dict.fromkeys(filter(None, model_ids)):
             row = await _host_models().Models.get_model_by_id(model_id)
-            owner = await Users.get_user_by_id(row.user_id) if row else None
+            owner = await _host("models.users", "Users").get_user_by_id(row.user_id) if row else None
             if owner is not None and owner.role == "admin":
                 sets.append(row.params.model_dump(exclude_unset=True))
-        sets.append(await Config.get("models.default_params", {}))
+        sets.append(await _host("models.config", "Config").get("models.default_params", {}))
         values: JSONObject = {}
         options: dict[str, list[Any]] = {}
         for params in map(_mapping, sets):
@@ -3583,29 +3551,22 @@ class OpenWebUIHost:
 
     async def may_use(self, user_id: str, model_id: str) -> bool:
         """Whether the host lets this person chat with a model."""
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-        from open_webui.utils.models import (  # pyright: ignore[reportMissingImports]  # host only
-            check_model_access,
-        )
 
         async def check() -> bool:
-            user = await Users.get_user_by_id(user_id)
+            user = await _host("models.users", "Users").get_user_by_id(user_id)
             if user is not None:
-                await check_model_access(user, {"id": model_id})  # says no with a bare Exception
+                await _host("utils.models", "check_model_access")(
+                    user, {"id": model_id}
+                )  # says no with a bare Exception
             return user is not None
 
         return await _host_answer(check(), False, f"{model_id} is not for everybody")
 
     async def admin_grants(self) -> frozenset[tuple[str, str, str]]:
         """What lets every administrator see a row; nothing is needed where the host lets them see all."""
-        from open_webui.config import (  # pyright: ignore[reportMissingImports]  # host only
-            BYPASS_ADMIN_ACCESS_CONTROL,
-        )
-        from open_webui.models.users import Users  # pyright: ignore[reportMissingImports]  # host only
-
-        if BYPASS_ADMIN_ACCESS_CONTROL:
+        if _host("config", "BYPASS_ADMIN_ACCESS_CONTROL"):
             return frozenset()
-        admins = await Users.get_users(filter={"roles": ["admin"]})
+        admins = await _host("models.users", "Users").get_users(filter={"roles": ["admin"]})
         return frozenset(("user", user.id, "read") for user in admins["users"])
 
     async def inline_file(self, address: str, user_id: str, most_bytes: int) -> MediaBlob:
@@ -3668,12 +3629,8 @@ class OpenWebUIHost:
             return await _call_in_page(tool, name, arguments, call)
         run = tool["callable"]
         if self.version is not None:
-            from open_webui.utils.tools import (  # pyright: ignore[reportMissingImports]  # host only
-                get_updated_tool_function,
-            )
-
             bound = {"__files__": call.metadata.get("files") or []}
-            run = await get_updated_tool_function(function=run, extra_params=bound)
+            run = await _host("utils.tools", "get_updated_tool_function")(function=run, extra_params=bound)
         if inspect.iscoroutinefunction(getattr(run, "__function__", run)):
             return await run(**arguments)
         job = threads.submit(contextvars.copy_context().run, _run_to_its_end, run, arguments)

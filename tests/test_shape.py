@@ -117,6 +117,7 @@ FRONT_MATTER_KEYS: Final = words(
 )
 REWRITTEN_WORDS: Final = ("from utils", "from apps", "from main", "from config")
 
+HOST_IMPORT: Final = "_host"  # what floor 7 imports the host's modules by
 BANNER: Final = re.compile(r"^# ── (\d+)([a-z]?)\. (\S.*?) ─+$")
 FRONT_KEY: Final = re.compile(r"^\s*([a-z_]+):\s*(.*)\s*$", re.IGNORECASE)  # as the host reads it
 IGNORE_COMMENT: Final = re.compile(r"#\s*(?:type|pyright):\s*ignore(\[[\w, -]+\])?(.*)$")
@@ -716,6 +717,8 @@ def rule_host_imports(source: Source) -> list[Violation]:
             names = [node.value] if re.fullmatch(r"open_webui(\.\w+)+", node.value) else []
         elif isinstance(node, ast.Call) and _dotted(node.func).endswith(("import_module", "__import__")):
             names = [str(arg.value) for arg in node.args if isinstance(arg, ast.Constant)]
+        elif isinstance(node, ast.Call) and _dotted(node.func) == HOST_IMPORT:
+            names = ["open_webui", *(str(arg.value) for arg in node.args if isinstance(arg, ast.Constant))]
         line = getattr(node, "lineno", 0)
         if source.floor_number(line) not in (1, 7):
             hits = [name for name in names if name.split(".")[0] == "open_webui"]
@@ -1052,6 +1055,7 @@ BAD: Final[tuple[Bad, ...]] = (
     bad(rule_host_imports, "floors 1 and 7", f8="def _a():\n    import open_webui.env"),
     bad(rule_host_imports, "floors 1 and 7", f8="def _a():\n    from open_webui import env"),
     bad(rule_host_imports, "open_webui.models.users", f8="_A = ('open_webui.models.users',)"),
+    bad(rule_host_imports, "floors 1 and 7", f8="def _a():\n    return _host('env', 'VERSION')"),
     bad(rule_host_imports, "'open_webui'", f8="def _a():\n    return import_module('open_webui')"),
     bad(rule_environment, "floor 8", f8="def _a():\n    return os.environ['A']"),
     bad(rule_environment, "floor 8", f8="def _a():\n    return os.getenv('A')"),
