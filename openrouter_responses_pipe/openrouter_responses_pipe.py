@@ -1352,11 +1352,6 @@ def _objects(value: Any) -> list[Mapping[str, Any]]:
     return [entry for entry in value if _is_object(entry)] if isinstance(value, list) else []
 
 
-def _provider_words(error: Mapping[str, Any], metadata: Mapping[str, Any]) -> str:
-    """The most telling text of an error: `metadata.raw` if it says something, else `message`."""
-    return _words_in(metadata.get("raw")) or _words_in(error.get("message")) or _words_in(error.get("detail"))
-
-
 def _words_in(value: Any, depth: int = 6) -> str:
     """The sentence in a text, in JSON as a text, in an object or a list; no markup, no bare code."""
     if not depth:
@@ -1388,7 +1383,8 @@ class _Refusal(NamedTuple):
 
     def words(self) -> str:
         """Its own words, with the reasons and the ways out that it names."""
-        words = _provider_words(self.error, self.metadata)
+        told = (self.metadata.get("raw"), self.error.get("message"), self.error.get("detail"))
+        words = next(filter(None, map(_words_in, told)), "")  # the most telling comes first
         reasons = _strings(self.metadata.get("reasons")) + _strings(self.metadata.get("patterns"))
         reasons += [f"excluded by {rule}" for rule in _strings(self.availability.get("excluded_by"))]
         if words and reasons:
@@ -1868,15 +1864,12 @@ def _validate_base64_size(data: str, max_bytes: int) -> int:
         raise PayloadTooLargeError(f"A file in it is larger than {_megabytes(max_bytes)}, which is the limit")
     body = len(data) - _padding(data)
     is_whole = body % 4 != 1 and (body == len(data) or len(data) % 4 == 0)
-    if not is_whole or not data.isascii() or not _is_base64(data, body):
+    # In pieces, to copy little at a time.
+    pieces = (data[start : min(start + _MEGABYTE, body)] for start in range(0, body, _MEGABYTE))
+    others = (piece.encode().translate(None, _BASE64_ALPHABET) for piece in pieces)
+    if not is_whole or not data.isascii() or any(others):
         raise InputError("A file in it is damaged: it is not in base64")
     return size
-
-
-def _is_base64(data: str, size: int) -> bool:
-    """Whether the first `size` characters are of the alphabet; in pieces, to copy little at a time."""
-    pieces = (data[start : min(start + _MEGABYTE, size)] for start in range(0, size, _MEGABYTE))
-    return not any(piece.encode().translate(None, _BASE64_ALPHABET) for piece in pieces)
 
 
 # ── 4b. Files & schemas ──────────────────────────────────────────────────────
@@ -3960,9 +3953,7 @@ def _fit_sampling(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     return foreign
 
 
-_SAMPLING: Final = (
-    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
-)
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs")
 
 
 def _fit_modalities(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
@@ -4227,14 +4218,12 @@ class Balance(NamedTuple):
         facts = []
         if self.key_left is not None:
             limit = f" of {_dollars(self.key_limit)}" if self.key_limit else ""
-            facts.append(f"the key may still spend {_dollars(self.key_left)}{limit}{self._period()}")
+            period = f" ({self.resets})" if self.resets else ""
+            facts.append(f"the key may still spend {_dollars(self.key_left)}{limit}{period}")
         if self.credit is not None:
             facts.append(f"the account has {_dollars(self.credit)} left")
         sentence = ", ".join(facts)
         return sentence[:1].upper() + sentence[1:] + "." if sentence else ""
-
-    def _period(self) -> str:
-        return f" ({self.resets})" if self.resets else ""
 
 
 class AccountReader:
@@ -4281,10 +4270,6 @@ def _amount(value: Any) -> float | None:
 _MenuFilter = Callable[[ModelSpec, Valves, str], bool]
 
 
-def _is_named(spec: ModelSpec, valves: Valves, today: str) -> bool:
-    return valves.MODEL_ID.strip().lower() in ("", "auto") or _matches_any(spec.id, valves.MODEL_ID)
-
-
 def _is_not_excluded(spec: ModelSpec, valves: Valves, today: str) -> bool:
     text = f"{spec.id} {spec.name}".lower()
     words = (word.strip().lower() for word in valves.EXCLUDE_KEYWORDS.split(","))
@@ -4293,10 +4278,6 @@ def _is_not_excluded(spec: ModelSpec, valves: Valves, today: str) -> bool:
 
 def _fits_choice(has: bool, choice: str) -> bool:
     return choice == "all" or has == (choice == "only")
-
-
-def _is_large_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
-    return not valves.MIN_CONTEXT or (spec.context_length or 0) >= valves.MIN_CONTEXT
 
 
 def _is_cheap_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
@@ -4319,12 +4300,14 @@ def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
 
 _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
     lambda spec, valves, today: spec.writes_text,  # a picture alone could not be shown yet
-    _is_named,
+    lambda spec, valves, today: (
+        valves.MODEL_ID.strip().lower() in ("", "auto") or _matches_any(spec.id, valves.MODEL_ID)
+    ),
     _is_not_excluded,
     lambda spec, valves, today: _fits_choice(spec.is_free, valves.FREE_MODEL_FILTER),
     lambda spec, valves, today: _fits_choice(spec.takes_tools, valves.TOOL_CALLING_FILTER),
     lambda spec, valves, today: spec.zdr or not valves.ZDR_MODELS_ONLY,
-    _is_large_enough,
+    lambda spec, valves, today: (spec.context_length or 0) >= valves.MIN_CONTEXT,
     _is_cheap_enough,
     _stays,
 )
@@ -5073,10 +5056,6 @@ def _add_system(history: _History, message: Mapping[str, Any], spec: ModelSpec) 
         history.items.append({"type": "message", "role": message["role"], "content": [part]})
 
 
-def _add_assistant(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    _add_answer(history, _plain_text(message.get("content")))
-
-
 def _add_answer(history: _History, text: str, phase: str = "") -> None:
     """An earlier answer; the easy form needs neither the id nor the status that the full form asks for."""
     text = _clean_answer(text)
@@ -5119,7 +5098,7 @@ _THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
 
 _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
     "user": _add_user,
-    "assistant": _add_assistant,
+    "assistant": lambda history, message, spec: _add_answer(history, _plain_text(message.get("content"))),
     "system": _add_system,
     "developer": _add_system,
 }
@@ -5205,8 +5184,10 @@ class TurnRecord:
         elif isinstance(emission, ItemClosed):
             if emission.kind == "message":
                 text = self._texts[emission.item] = _said_in(emission.payload)
-                # Open WebUI takes the spaces around an answer away.
-                self._entries[emission.item] = _message_entry(text.strip(), emission.payload.get("phase"))
+                bare = text.strip()  # Open WebUI takes the spaces around an answer away
+                phase = _text(emission.payload.get("phase"))
+                entry: JSONObject = {"message": _digest(bare), "chars": len(bare)}
+                self._entries[emission.item] = {**entry, "phase": phase} if phase else entry
             elif emission.kind == "server_tool":
                 self._entries[emission.item] = {"tool": emission.payload}
             elif items := _replayable(emission.payload):
@@ -5257,11 +5238,6 @@ def _said_in(payload: Mapping[str, Any]) -> str:
     return _whole_text("".join(str(part.get("text") or part.get("refusal") or "") for part in parts))
 
 
-def _message_entry(text: str, phase: Any) -> JSONObject:
-    entry: JSONObject = {"message": _digest(text), "chars": len(text)}
-    return {**entry, "phase": phase} if isinstance(phase, str) and phase else entry
-
-
 def _replayable(payload: Mapping[str, Any]) -> list[JSONObject]:
     """A reasoning item as it may be sent again; none if there is nothing in it that a provider would read."""
     details = _objects(payload.get("reasoning_details"))
@@ -5301,8 +5277,8 @@ def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]
     named: dict[Any, str] = {}  # the id of what stands at an index
     for detail in details:
         kind = detail.get("type")
-        add = _DETAIL_KINDS.get(kind) if isinstance(kind, str) else None
-        if add is None:
+        row = _DETAIL_KINDS.get(kind) if isinstance(kind, str) else None
+        if row is None:
             continue
         index = detail["index"] if isinstance(detail.get("index"), int) else None
         item_id = _text(detail.get("id")) or named.get(index, "")
@@ -5312,7 +5288,11 @@ def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]
         for field in ("format", "signature"):
             if _text(detail.get(field)):
                 item[field] = detail[field]
-        add(item, detail)
+        field, part_type, key = row
+        if part_type:
+            _add_part(item, field, {"type": part_type, "text": _text(detail.get(key))}, detail)
+        else:
+            item[field] = _text(detail.get(key))
     found = (_reasoning_item(item) for item in items.values())
     return [item for item in found if item is not None]
 
@@ -5328,22 +5308,11 @@ def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[st
     item["_last"] = (field, index)
 
 
-def _add_detail_text(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    _add_part(item, "content", {"type": "reasoning_text", "text": _text(detail.get("text"))}, detail)
-
-
-def _add_detail_summary(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    _add_part(item, "summary", {"type": "summary_text", "text": _text(detail.get("summary"))}, detail)
-
-
-def _add_detail_secret(item: JSONObject, detail: Mapping[str, Any]) -> None:
-    item["encrypted_content"] = _text(detail.get("data"))
-
-
-_DETAIL_KINDS: Final[dict[str, Callable[[JSONObject, Mapping[str, Any]], None]]] = {
-    "reasoning.text": _add_detail_text,
-    "reasoning.summary": _add_detail_summary,
-    "reasoning.encrypted": _add_detail_secret,
+# kind of detail -> (field of the item, type of the part, where its text stands); secrets are no parts
+_DETAIL_KINDS: Final[dict[str, tuple[str, str, str]]] = {
+    "reasoning.text": ("content", "reasoning_text", "text"),
+    "reasoning.summary": ("summary", "summary_text", "summary"),
+    "reasoning.encrypted": ("encrypted_content", "", "data"),
 }
 
 
@@ -5445,17 +5414,13 @@ def _split_answer(text: str, messages: TurnEntries) -> list[str] | None:
     """
     if not messages:
         return [text]
-    lengths = [_length_of(entry) for entry in messages]
+    chars = [entry.get("chars") for entry in messages]
+    lengths = [length if isinstance(length, int) else -1 for length in chars]
     found = _pieces_of(text, messages, lengths)
     if found is not None:
         return ["", *found]
     mirrored = _pieces_of(text[::-1], messages[::-1], lengths[::-1], -1)
     return None if mirrored is None else [piece[::-1] for piece in reversed(mirrored)]
-
-
-def _length_of(entry: Mapping[str, Any]) -> int:
-    length = entry.get("chars")
-    return length if isinstance(length, int) else -1
 
 
 def _pieces_of(
@@ -5910,7 +5875,12 @@ def _without_passages(
             continue
         is_longer = before != first or not files.user_prompt
         if messages[position].get("role") == "user" and is_longer and _PASSAGE in before:
-            plain = [_without_prefix(block, before) for block in content]
+            plain = [
+                {**block, "text": text.removeprefix(before)}
+                if (text := _text(_mapping(block).get("text")))
+                else block
+                for block in content
+            ]
             restored[position] = {**messages[position], "content": plain}
             break
     head = messages[0] if messages else {}
@@ -5944,11 +5914,6 @@ _PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
 _PASSAGES_BEGIN_RE: Final = re.compile(r"^(?:### Task:|<context>|<source)", re.MULTILINE)
 _MOST_BEGINNINGS: Final = 20
 _PASSAGES_END: Final = ("</source>", "</context>")
-
-
-def _without_prefix(block: Any, prefix: str) -> Any:
-    text = _mapping(block).get("text")
-    return {**block, "text": text.removeprefix(prefix)} if isinstance(text, str) else block
 
 
 _LOOKED_INTO_BY_TOOLS: Final = ("file", "collection", "note", "chat", "folder")
@@ -6092,7 +6057,8 @@ class ResponsesBody(NamedTuple):
         parameters = dict(body.parameters)
         if instructions := _with_own_prompt(history.instructions, parameters):
             payload["instructions"] = instructions
-        if settings.offer_tools and (doubled := _doubled_tools(body.tools)):
+        tool_names = [_text(_mapping(tool.get("function")).get("name")) for tool in body.tools]
+        if settings.offer_tools and (doubled := len(tool_names) - len(set(tool_names))):
             history.left_out["second tool of a name"] = doubled
         if offered and not spec.takes_tools:
             history.left_out["tool"], offered = len(offered), {}
@@ -6552,11 +6518,6 @@ def _to_response_tools(
     }
 
 
-def _doubled_tools(tools: Sequence[Mapping[str, Any]]) -> int:
-    names = [_text(_mapping(tool.get("function")).get("name")) for tool in tools]
-    return len(names) - len(set(names))
-
-
 def _to_response_tool(name: str, function: Mapping[str, Any], settings: RequestSettings) -> JSONObject:
     schema = _mapping(function.get("parameters")) or _NO_PARAMETERS
     entry: JSONObject = {"type": "function", "name": name, "parameters": schema}
@@ -6656,13 +6617,11 @@ _CHAT_ONLY_PARAMETERS: Final = (
     "logprobs",
 )
 _SHARED_PARAMETERS: Final = (
-    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
+    *_SAMPLING,
     *("parallel_tool_calls", "modalities", "models", "provider", "plugins", "image_config", "service_tier"),
     *("session_id", "user", "metadata", "trace", "stop_server_tools_when"),
     *("cache_control", "prompt_cache_key", "prompt_cache_options"),
 )
-
-
 _CHAT_REASONING: Final = ("effort", "enabled", "max_tokens")
 
 
@@ -6690,16 +6649,20 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     if reasoning:
         body["reasoning"] = reasoning
     if "tools" in payload:
-        body["tools"] = [_to_chat_tool(tool) for tool in payload["tools"]]
+        told = ("name", "description", "parameters")
+        functions = [{key: tool[key] for key in told if key in tool} for tool in payload["tools"]]
+        body["tools"] = [{"type": "function", "function": function} for function in functions]
     if "tool_choice" in payload:
-        body["tool_choice"] = _to_chat_tool_choice(payload["tool_choice"])
+        name = _mapping(payload["tool_choice"]).get("name")
+        named = {"type": "function", "function": {"name": name}}
+        body["tool_choice"] = named if name else payload["tool_choice"]
     return body | _to_chat_text_options(payload.get("text", {}))
 
 
 def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
     content = item["content"]
     if not isinstance(content, str):
-        parts = [_to_chat_part(part) for part in content]
+        parts = [_CHAT_PARTS[part["type"]](part) for part in content]
         text_only = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if text_only else parts
     last = messages[-1] if messages else {}
@@ -6713,14 +6676,6 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
         messages.append({"role": item["role"], "content": content})
 
 
-def _to_chat_part(part: JSONObject) -> JSONObject:
-    return _CHAT_PARTS[part["type"]](part)
-
-
-def _to_chat_image(part: JSONObject) -> JSONObject:
-    return {"type": "image_url", "image_url": {"url": part["image_url"], "detail": part["detail"]}}
-
-
 def _to_chat_file(part: JSONObject) -> JSONObject:
     """Chat has one place for content and addresses (reference §13)."""
     file = {name: part[name] for name in ("filename", "file_id", "file_data") if name in part}
@@ -6729,7 +6684,10 @@ def _to_chat_file(part: JSONObject) -> JSONObject:
 
 _CHAT_PARTS: Final[dict[str, Callable[[JSONObject], JSONObject]]] = {
     "input_text": lambda part: {"type": "text", "text": part["text"]},
-    "input_image": _to_chat_image,
+    "input_image": lambda part: {
+        "type": "image_url",
+        "image_url": {"url": part["image_url"], "detail": part["detail"]},
+    },
     "input_file": _to_chat_file,
     "input_audio": lambda part: part,
     "input_video": lambda part: {"type": "video_url", "video_url": {"url": part["video_url"]}},
@@ -6742,10 +6700,6 @@ def _add_chat_call(messages: list[JSONObject], item: JSONObject) -> None:
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": None})
     messages[-1].setdefault("tool_calls", []).append(call)
-
-
-def _add_chat_output(messages: list[JSONObject], item: JSONObject) -> None:
-    messages.append({"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]})
 
 
 def _add_chat_reasoning(messages: list[JSONObject], item: JSONObject) -> None:
@@ -6761,18 +6715,10 @@ _TO_CHAT: Final[dict[str, Callable[[list[JSONObject], JSONObject], None]]] = {
     "message": _add_chat_message,
     "reasoning": _add_chat_reasoning,
     "function_call": _add_chat_call,
-    "function_call_output": _add_chat_output,
+    "function_call_output": lambda messages, item: messages.append(
+        {"role": "tool", "tool_call_id": item["call_id"], "content": item["output"]}
+    ),
 }
-
-
-def _to_chat_tool(tool: JSONObject) -> JSONObject:
-    function = {key: tool[key] for key in ("name", "description", "parameters") if key in tool}
-    return {"type": "function", "function": function}
-
-
-def _to_chat_tool_choice(choice: Any) -> Any:
-    name = _mapping(choice).get("name")
-    return {"type": "function", "function": {"name": name}} if name else choice
 
 
 def _to_chat_text_options(text: JSONObject) -> JSONObject:
@@ -6850,8 +6796,11 @@ class SSEDecoder:
             start += 1
         if start < end:
             self._take(chunk[start:end], frames)
-        if self._size + end > self._max_frame_bytes:
-            self._check_sizes(frames)
+        if (
+            self._size + end > self._max_frame_bytes
+            and max(map(len, frames), default=0) > self._max_frame_bytes
+        ):
+            raise self._too_large()
         self._size = sum(map(len, self.open_lines))
         self._keep(chunk[end:])
         return frames
@@ -6880,10 +6829,6 @@ class SSEDecoder:
             self._pieces.append(piece)
         self._size += len(piece)
         if self._size > self._max_frame_bytes:
-            raise self._too_large()
-
-    def _check_sizes(self, frames: list[SSEFrame]) -> None:
-        if any(len(frame) > self._max_frame_bytes for frame in frames):
             raise self._too_large()
 
     def _too_large(self) -> StreamError:
@@ -7175,29 +7120,18 @@ def _text_reducers(
     return {event: reducer(*row) for event, row in rows.items()}
 
 
-def _on_call_arguments(state: StreamState, payload: JSONObject) -> list[Emission]:
-    item = _find_item(state, payload, "function_call")
-    item.parts.setdefault(("arguments", 0), []).append(str(payload.get("delta") or ""))
+def _on_call_delta(state: StreamState, payload: JSONObject, kind: str, part: str) -> list[Emission]:
+    item = _find_item(state, payload, kind)
+    item.parts.setdefault((part, 0), []).append(str(payload.get("delta") or ""))
     return []
 
 
-def _on_call_arguments_done(state: StreamState, payload: JSONObject) -> list[Emission]:
-    item = _find_item(state, payload, "function_call")
-    final = {key: payload[key] for key in ("name", "arguments") if isinstance(payload.get(key), str)}
-    item.payload = {**item.payload, **final}
-    return []
-
-
-def _on_custom_input(state: StreamState, payload: JSONObject) -> list[Emission]:
-    item = _find_item(state, payload, "custom_tool_call")
-    item.parts.setdefault(("input", 0), []).append(str(payload.get("delta") or ""))
-    return []
-
-
-def _on_custom_input_done(state: StreamState, payload: JSONObject) -> list[Emission]:
-    item = _find_item(state, payload, "custom_tool_call")
-    if isinstance(payload.get("input"), str):
-        item.payload = {**item.payload, "input": payload["input"]}
+def _on_call_done(state: StreamState, payload: JSONObject, kind: str, *fields: str) -> list[Emission]:
+    item = _find_item(state, payload, kind)
+    item.payload = {
+        **item.payload,
+        **{key: payload[key] for key in fields if isinstance(payload.get(key), str)},
+    }
     return []
 
 
@@ -7253,10 +7187,6 @@ def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, 
     for annotation in _objects(part.get("annotations")):
         emissions += _cite(state, annotation)
     return emissions
-
-
-def _on_annotation(state: StreamState, payload: JSONObject) -> list[Emission]:
-    return _cite(state, _mapping(payload.get("annotation")))
 
 
 def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
@@ -7446,14 +7376,6 @@ def _end(state: StreamState, payload: JSONObject, outcome: str) -> list[Emission
     return [*_finish_all(state, response), TurnEnded("completed")]
 
 
-def _on_completed(state: StreamState, payload: JSONObject) -> list[Emission]:
-    return _end(state, payload, "completed")
-
-
-def _on_incomplete(state: StreamState, payload: JSONObject) -> list[Emission]:
-    return _end(state, payload, "incomplete")
-
-
 def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
     response = _mapping(payload.get("response"))
     emissions = _report_usage(state, response)
@@ -7489,25 +7411,23 @@ def _match_items(items: Sequence[_Item], finals: Sequence[JSONObject]) -> list[_
     """For each final item the streamed one it repeats: by id, else by place, else the next of its type."""
     free = list(items)
     found: list[_Item | None] = [None] * len(finals)
-    for same in (_same_id, _same_place, _same_kind):
+    sames: tuple[Callable[[_Item, JSONObject, int], bool], ...] = (
+        lambda item, final, place: bool(item.id) and item.id == final.get("id"),
+        lambda item, final, place: item.index == place,
+        lambda item, final, place: True,
+    )
+    for same in sames:
         for place, final in enumerate(finals):
             if found[place] is None:
-                item = next((item for item in free if same(item, final, place)), None)
+                alike = (item for item in free if _same_kind(item, final) and same(item, final, place))
+                item = next(alike, None)
                 if item is not None:
                     free.remove(item)
                     found[place] = item
     return found
 
 
-def _same_id(item: _Item, final: JSONObject, place: int) -> bool:
-    return _same_kind(item, final, place) and bool(item.id) and item.id == final.get("id")
-
-
-def _same_place(item: _Item, final: JSONObject, place: int) -> bool:
-    return _same_kind(item, final, place) and item.index == place
-
-
-def _same_kind(item: _Item, final: JSONObject, place: int) -> bool:
+def _same_kind(item: _Item, final: JSONObject) -> bool:
     """The same type; calls also need the same `call_id`, where both have one."""
     ours, theirs = item.payload.get("call_id"), final.get("call_id")
     return item.type == final.get("type") and (not ours or not theirs or ours == theirs)
@@ -7538,44 +7458,51 @@ def _merge_usage_stats(first: Mapping[str, Any], second: Mapping[str, Any]) -> J
 _REDUCERS: Final[dict[str, Reducer]] = {
     **_text_reducers(_DELTA_EVENTS, _grow),
     **_text_reducers(_DONE_EVENTS, _fill),
-    "response.created": _on_nothing,
-    "response.queued": _on_nothing,
-    "response.in_progress": _on_nothing,
+    **dict.fromkeys(("response.created", "response.queued", "response.in_progress"), _on_nothing),
     "response.debug": _on_nothing,
     "response.output_item.added": _on_item_added,
     "response.output_item.done": _on_item_done,
-    "response.content_part.added": _on_nothing,
-    "response.content_part.done": _on_part_done,
-    "response.reasoning_summary_part.added": _on_nothing,
-    "response.reasoning_summary_part.done": _on_part_done,
-    "response.output_text.annotation.added": _on_annotation,
-    "response.function_call_arguments.delta": _on_call_arguments,
-    "response.function_call_arguments.done": _on_call_arguments_done,
-    "response.custom_tool_call_input.delta": _on_custom_input,
-    "response.custom_tool_call_input.done": _on_custom_input_done,
-    "response.apply_patch_call_operation_diff.delta": _on_nothing,
-    "response.apply_patch_call_operation_diff.done": _on_nothing,
-    "response.web_search_call.in_progress": _on_tool_progress,
-    "response.web_search_call.searching": _on_tool_progress,
-    "response.web_search_call.completed": _on_nothing,
-    "response.file_search_call.in_progress": _on_tool_progress,
-    "response.file_search_call.searching": _on_tool_progress,
-    "response.file_search_call.completed": _on_nothing,
-    "response.image_generation_call.in_progress": _on_tool_progress,
-    "response.image_generation_call.generating": _on_tool_progress,
-    "response.image_generation_call.partial_image": _on_nothing,
-    "response.image_generation_call.completed": _on_nothing,
-    "response.code_interpreter_call.in_progress": _on_tool_progress,
-    "response.code_interpreter_call.interpreting": _on_tool_progress,
-    "response.code_interpreter_call.completed": _on_nothing,
-    "response.code_interpreter_call_code.delta": _on_nothing,
-    "response.code_interpreter_call_code.done": _on_nothing,
-    "response.completed": _on_completed,
-    "response.incomplete": _on_incomplete,
-    "response.done": _on_completed,
+    **dict.fromkeys(("response.content_part.added", "response.reasoning_summary_part.added"), _on_nothing),
+    **dict.fromkeys(("response.content_part.done", "response.reasoning_summary_part.done"), _on_part_done),
+    "response.output_text.annotation.added": lambda state, payload: _cite(
+        state, _mapping(payload.get("annotation"))
+    ),
+    "response.function_call_arguments.delta": lambda state, payload: _on_call_delta(
+        state, payload, "function_call", "arguments"
+    ),
+    "response.function_call_arguments.done": lambda state, payload: _on_call_done(
+        state, payload, "function_call", "name", "arguments"
+    ),
+    "response.custom_tool_call_input.delta": lambda state, payload: _on_call_delta(
+        state, payload, "custom_tool_call", "input"
+    ),
+    "response.custom_tool_call_input.done": lambda state, payload: _on_call_done(
+        state, payload, "custom_tool_call", "input"
+    ),
+    **dict.fromkeys(
+        (
+            *("response.web_search_call.in_progress", "response.web_search_call.searching"),
+            *("response.file_search_call.in_progress", "response.file_search_call.searching"),
+            *("response.image_generation_call.in_progress", "response.image_generation_call.generating"),
+            *("response.code_interpreter_call.in_progress", "response.code_interpreter_call.interpreting"),
+        ),
+        _on_tool_progress,
+    ),
+    **dict.fromkeys(
+        (
+            *("response.web_search_call.completed", "response.file_search_call.completed"),
+            *("response.image_generation_call.completed", "response.code_interpreter_call.completed"),
+            *("response.code_interpreter_call_code.delta", "response.code_interpreter_call_code.done"),
+            "response.image_generation_call.partial_image",
+            "response.apply_patch_call_operation_diff.delta",
+            "response.apply_patch_call_operation_diff.done",
+        ),
+        _on_nothing,
+    ),
+    **dict.fromkeys(("response.completed", "response.done"), functools.partial(_end, outcome="completed")),
+    "response.incomplete": functools.partial(_end, outcome="incomplete"),
     "response.failed": _on_failed,
-    "response.error": _on_error,
-    "error": _on_error,
+    **dict.fromkeys(("response.error", "error"), _on_error),
 }
 
 
@@ -7691,10 +7618,6 @@ def _on_chat_refusal(state: StreamState, delta: Mapping[str, Any]) -> list[Emiss
     return emissions + _grow(_chat_item(state, "message", "message"), "refusal", 0, delta["refusal"])
 
 
-def _on_chat_reasoning(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    return _grow(_chat_item(state, "reasoning", "reasoning"), "reasoning", 0, delta["reasoning"])
-
-
 def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     """Keep the fragments for the next turn; show them only where `reasoning` does not repeat them."""
     emissions: list[Emission] = []
@@ -7789,7 +7712,9 @@ def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[E
 # key of a delta -> what it means; the order is that of reading
 _CHAT_REDUCERS: Final[dict[str, Callable[[StreamState, Mapping[str, Any]], list[Emission]]]] = {
     "reasoning_details": _on_chat_reasoning_details,
-    "reasoning": _on_chat_reasoning,
+    "reasoning": lambda state, delta: _grow(
+        _chat_item(state, "reasoning", "reasoning"), "reasoning", 0, delta["reasoning"]
+    ),
     "content": _on_chat_content,
     "refusal": _on_chat_refusal,
     "tool_calls": _on_chat_calls,
