@@ -467,6 +467,16 @@ async def test_rows_of_a_killed_worker_are_moved(
         await until(lambda: waiting(redis_server) == 0)
 
 
+async def test_rows_are_moved_when_they_come(sqlite_url: str, redis_server: RedisServer) -> None:
+    """Who moves them is told; otherwise each of these would wait for the second to end."""
+    async with serving(sqlite_url, redis_server.url) as here:
+        await at_rest(redis_server)
+        waited_s = 0.0
+        for number in range(6):
+            waited_s += await all_stored(sqlite_url, [*stored(sqlite_url), *await here.save(f"{number}")])
+    assert waited_s < 3
+
+
 async def test_two_at_once(database_url: str, redis_server: RedisServer) -> None:
     """The lock of the first has run out while it was at work."""
     async with (
@@ -585,6 +595,28 @@ async def test_rows_reach_a_database_that_was_away(
             if redis_dies:
                 redis_server.kill()
         await all_stored(sqlite_url, ulids, 4)
+
+
+@pytest.mark.parametrize("is_closed", [False, True])
+@pytest.mark.xfail(strict=True, reason="rows are written in parts, and a part with a bad row is not written")
+async def test_a_bad_row_does_not_cost_others_when_redis_dies(
+    is_closed: bool, sqlite_url: str, redis_server: RedisServer
+) -> None:
+    """Redis took all of them; what the database refuses of them is nothing to the others."""
+    refused = "CREATE TRIGGER refused BEFORE INSERT ON {} WHEN NEW.message_id = 'bad' BEGIN {}; END"
+    async with serving(sqlite_url, redis_server.url) as here:
+        await at_rest(redis_server)
+        change(sqlite_url, refused.format(TABLE, "SELECT RAISE(ABORT, 'refused')"))
+        with held(sqlite_url) as let_go:
+            ulids = await here.save("a")
+            await here.save("b", message_id="bad")
+            ulids += await here.save("c")
+            assert waiting(redis_server) == 3
+            redis_server.kill()
+            let_go()
+        if is_closed:
+            await here.store.aclose()
+        await all_stored(sqlite_url, ulids, 6)
 
 
 # Redis hangs, or refuses
