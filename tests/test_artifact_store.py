@@ -41,12 +41,15 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     ArtifactSettings,
     ArtifactStore,
     ArtifactTable,
+    ChatRequest,
     Database,
     EncryptedStr,
     HostEnvironment,
+    IntakePlan,
     LoadedArtifacts,
     OpenWebUIHost,
     StorageError,
+    TurnMemory,
     Valves,
     _artifact_settings,
     _json_dumps,
@@ -56,6 +59,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     _unpacked,
 )
 from pytest_bootstrap import Chat, host_database, host_functions, host_redis
+from tests.bench.ticker import Ticker
 from tests.engines import RedisServer, connected, host_engine
 from tests.recorded import Clock
 from tests.support import PATIENCE_S
@@ -800,6 +804,26 @@ async def test_what_redis_has_is_there_while_the_table_is_away(world: World) -> 
     assert (await other.load([ulid], "ada", "chat")).found == {ulid: "x"}
 
 
+# What rides with messages instead
+
+
+@bug("what rides with messages is opened on the loop, however much it is")
+async def test_nobody_waits_for_the_long_chat_of_another() -> None:
+    """With the store off, and in channels, all thinking of a chat comes with each request."""
+    words, noise = "the secret of this server", random.Random(5).randbytes
+    cipher = settings_of(words).cipher
+    records = [_json_dumps([{"reasoning": {"id": noise(20_000).hex()}}]) for _ in range(500)]
+    plan = IntakePlan(tuple(cipher.seal(record, "ada") for record in records))
+    memory = TurnMemory(ArtifactStore(OpenWebUIHost(), PIPE), HostEnvironment(words), PIPE)
+    request = ChatRequest({}, "browser", "a/mind", chat_id="chat", user_id="ada")
+    async with Ticker() as ticker:
+        intake, _ = await memory.recall(
+            plan, request, Valves.model_validate({"ENABLE_ARTIFACT_STORE": False})
+        )
+    assert len(intake.records) == len(records)
+    assert ticker.worst_s < 0.15
+
+
 # How a row is made
 
 
@@ -1126,6 +1150,20 @@ async def test_the_schema_of_the_host(postgres_url: str, schema: str) -> None:
         assert connection.execute(f"SELECT count(*) FROM {quoted}.{TABLE}".encode()).fetchall() == [(3,)]
 
 
+@bug("an empty name is taken for the name of a schema, and there is none like that")
+async def test_a_schema_without_a_name_is_none(database_url: str) -> None:
+    """`DATABASE_SCHEMA=` in a file of settings: for Open WebUI that is as good as no line."""
+    async with host_engine(database_url) as engine:
+        host_database.use(engine, "")
+        store = ArtifactStore(OpenWebUIHost(), PIPE)
+        store.open(ArtifactSettings(KEY))
+        try:
+            assert await store.save([entry("x")])
+        finally:
+            await store.aclose()
+            host_database.reset()
+
+
 async def old_row(world: World, dropped: Iterable[str], version: int | None) -> str:
     """Make the table as an older version left it, without some columns, with one row; its ULID."""
     store = await world.worker()
@@ -1447,6 +1485,21 @@ async def test_use_is_not_noted_each_time(world: World) -> None:
         await world.aclose(later)
     assert [row.last_used_at for row in world.rows()] == [NOON]
     assert not any(each.startswith("UPDATE") and TABLE in each for each in world.statements)
+
+
+@bug("use is noted once a day, and then counted as if it had been noted each time")
+@DIRECT
+async def test_what_was_used_within_its_days_stays(world: World) -> None:
+    """Also where they are few: a chat that somebody has just gone on with is in use."""
+    now = Clock(NOON)
+    keep_s = settings_of(ARTIFACT_CLEANUP_DAYS=1).keep_s
+    store, other = [await world.worker(now=now, keep_s=keep_s) for _ in range(2)]
+    (ulid,) = await store.save([entry("x")])
+    now.now += DAY - 3_600
+    assert (await other.load([ulid], "ada", "chat")).found == {ulid: "x"}
+    await world.aclose(other)
+    now.now += 2 * 3_600
+    assert await store.prune() == 0
 
 
 @DIRECT
