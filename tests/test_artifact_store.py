@@ -593,6 +593,16 @@ async def test_a_history_is_one_question(world: World) -> None:
     assert len(world.asked()) == before + 1
 
 
+@CACHED
+async def test_what_another_has_just_written_is_no_question(world: World) -> None:
+    """Redis has it, whether it is in the database already or not."""
+    one, other = await world.worker(), await world.worker()
+    ulids = await one.save([entry(number) for number in range(5)])
+    before = len(world.asked())
+    assert len((await other.load(ulids, "ada", "chat")).found) == 5
+    assert len(world.asked()) == before
+
+
 @DIRECT
 async def test_ids_that_are_not_there_cost_one_question_more(world: World) -> None:
     """They may be of another chat; how many they are does not count."""
