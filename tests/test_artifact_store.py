@@ -826,12 +826,13 @@ async def test_nobody_waits_for_the_long_chat_of_another() -> None:
     plan = IntakePlan(tuple(cipher.seal(record, "ada") for record in records))
     memory = TurnMemory(ArtifactStore(OpenWebUIHost(), PIPE), HostEnvironment(words), PIPE)
     request = ChatRequest({}, "browser", "a/mind", chat_id="chat", user_id="ada")
+    started = time.perf_counter()
     async with Ticker() as ticker:
         intake, _ = await memory.recall(
             plan, request, Valves.model_validate({"ENABLE_ARTIFACT_STORE": False})
         )
     assert len(intake.records) == len(records)
-    assert ticker.worst_s < 0.15
+    assert ticker.worst_s < (time.perf_counter() - started) / 2
 
 
 # How a row is made
@@ -1458,12 +1459,12 @@ async def test_what_nobody_has_used_for_long_goes(world: World) -> None:
     await until(lambda: any(row.last_used_at > NOON for row in world.rows() if row.ulid == used))
     now.now = NOON + 89 * DAY
     assert await first.prune() == 0
-    now.now = NOON + 91 * DAY
+    now.now = NOON + 93 * DAY
     assert await first.prune() == 2
     left = {(row.ulid, row.chat_id) for row in world.rows()}
     assert left == {(used, "chat"), (forked, "fork")}
     assert (unused, "chat") not in left
-    now.now = NOON + 141 * DAY
+    now.now = NOON + 144 * DAY
     assert await first.prune() == 2
     assert world.rows() == []
 
@@ -1582,7 +1583,7 @@ async def test_rows_are_deleted_in_small_batches(world: World) -> None:
     now = Clock(NOON)
     store = await world.worker(now=now, batch=500)
     await store.save([entry(number, chat=f"{number % 7}") for number in range(1_000)])
-    now.now += 91 * DAY
+    now.now += 93 * DAY
     before = len(world.statements)
     assert await store.prune() == 1_000
     assert world.rows() == []
@@ -1625,7 +1626,7 @@ async def littered(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     now = Clock(NOON)
     store = await world.worker(now=now)
     await store.save([entry("x")])
-    now.now += 91 * DAY
+    now.now += 93 * DAY
     return now
 
 
@@ -1634,7 +1635,7 @@ async def test_it_cleans_up_from_time_to_time(world: World, littered: Clock, ask
     store = await world.worker(now=littered, cleanup_s=0.01)
     await until(lambda: world.rows() == [])
     await store.save([entry("again")])
-    littered.now += 91 * DAY
+    littered.now += 93 * DAY
     await until(lambda: world.rows() == [])
     assert asked.times >= 2
 
@@ -1674,7 +1675,7 @@ async def test_one_worker_cleans_at_a_time(
         await until(taken)
         store = await world.worker(now=littered)
         await store.save([entry("x")])
-        littered.now += 91 * DAY
+        littered.now += 93 * DAY
         times = asked.times
         await until(lambda: asked.times >= times + 5)
         assert len(world.rows()) == 1
@@ -1690,7 +1691,7 @@ async def test_a_clean_up_that_failed_is_tried_again(world: World, littered: Clo
     await until(lambda: asked.times >= times + 3)
     await world.change(f"ALTER TABLE away RENAME TO {TABLE}")
     await store.save([entry("x")])
-    littered.now += 91 * DAY
+    littered.now += 93 * DAY
     await until(lambda: world.rows() == [])
 
 
