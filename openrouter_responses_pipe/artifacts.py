@@ -161,9 +161,9 @@ async def _stats(found: Artifacts, args: argparse.Namespace) -> bool:
     used, keys = Counter(dict.fromkeys((*AGES, OLDER), 0)), Counter[str]()
     for kind, age, key_id, rows, made_of, stored in groups:
         sizes = {"rows": int(rows), "raw_bytes": int(made_of), "stored_bytes": int(stored)}
-        kinds.setdefault(kind, Counter()).update(sizes)
+        kinds.setdefault(str(kind), Counter()).update(sizes)  # in a damaged file it may be anything
         used[age] += int(rows)
-        keys[key_id] += int(rows)
+        keys[str(key_id)] += int(rows)
     facts: dict[str, Any] = {
         "table": found.table.table.name,
         "rows": used.total(),

@@ -181,6 +181,22 @@ async def test_what_is_kept_is_counted_by_kind_age_and_key(
     assert [line[:2] for line in lines if line[:1] == ["turn"]] == [["turn", "8"]]
 
 
+@pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
+async def test_a_damaged_file_is_counted_too(artifacts: Command, database: AsyncEngine, url: str) -> None:
+    """SQLite keeps whatever it is given."""
+    ulids = await saved("one", 5)
+    odd: dict[str, Any] = {"kind": b"\xff", "key_id": b"\xfe", "raw_bytes": "many", "payload": 5}
+    async with database.begin() as connection:
+        for ulid, (name, value) in zip(ulids, odd.items(), strict=False):
+            statement = sa.text(f"UPDATE pipe_openrouter_artifacts SET {name} = :value WHERE ulid = :ulid")
+            await connection.execute(statement, {"value": value, "ulid": ulid})
+    told = await artifacts.facts("stats", url)
+    assert (told["rows"], told["kinds"]["turn"]["rows"]) == (5, 4)
+    status, out, err = await artifacts("stats", url)
+    assert (status, err) == (0, "")
+    assert "5 rows of 1 chats" in out
+
+
 async def test_an_empty_table_is_no_error(artifacts: Command, database: AsyncEngine, url: str) -> None:
     await ArtifactTable(Database(database), "openrouter").create(time.time())
     assert (await artifacts.facts("stats", url))["rows"] == 0

@@ -41,12 +41,15 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     ArtifactSettings,
     ArtifactStore,
     ArtifactTable,
+    ChatRequest,
     Database,
     EncryptedStr,
     HostEnvironment,
+    IntakePlan,
     LoadedArtifacts,
     OpenWebUIHost,
     StorageError,
+    TurnMemory,
     Valves,
     _artifact_settings,
     _json_dumps,
@@ -56,6 +59,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     _unpacked,
 )
 from pytest_bootstrap import Chat, host_database, host_functions, host_redis
+from tests.bench.ticker import Ticker
 from tests.engines import RedisServer, connected, host_engine
 from tests.recorded import Clock
 from tests.support import PATIENCE_S
@@ -589,6 +593,16 @@ async def test_a_history_is_one_question(world: World) -> None:
     assert len(world.asked()) == before + 1
 
 
+@CACHED
+async def test_what_another_has_just_written_is_no_question(world: World) -> None:
+    """Redis has it, whether it is in the database already or not."""
+    one, other = await world.worker(), await world.worker()
+    ulids = await one.save([entry(number) for number in range(5)])
+    before = len(world.asked())
+    assert len((await other.load(ulids, "ada", "chat")).found) == 5
+    assert len(world.asked()) == before
+
+
 @DIRECT
 async def test_ids_that_are_not_there_cost_one_question_more(world: World) -> None:
     """They may be of another chat; how many they are does not count."""
@@ -798,6 +812,27 @@ async def test_what_redis_has_is_there_while_the_table_is_away(world: World) -> 
     (ulid,) = await one.save([entry("x")])
     other.open(world.settings)
     assert (await other.load([ulid], "ada", "chat")).found == {ulid: "x"}
+
+
+# What rides with messages instead
+
+
+@bug("what rides with messages is opened on the loop, however much it is")
+async def test_nobody_waits_for_the_long_chat_of_another() -> None:
+    """With the store off, and in channels, all thinking of a chat comes with each request."""
+    words, noise = "the secret of this server", random.Random(5).randbytes
+    cipher = settings_of(words).cipher
+    records = [_json_dumps([{"reasoning": {"id": noise(20_000).hex()}}]) for _ in range(500)]
+    plan = IntakePlan(tuple(cipher.seal(record, "ada") for record in records))
+    memory = TurnMemory(ArtifactStore(OpenWebUIHost(), PIPE), HostEnvironment(words), PIPE)
+    request = ChatRequest({}, "browser", "a/mind", chat_id="chat", user_id="ada")
+    started = time.perf_counter()
+    async with Ticker() as ticker:
+        intake, _ = await memory.recall(
+            plan, request, Valves.model_validate({"ENABLE_ARTIFACT_STORE": False})
+        )
+    assert len(intake.records) == len(records)
+    assert ticker.worst_s < (time.perf_counter() - started) / 2
 
 
 # How a row is made
@@ -1126,6 +1161,20 @@ async def test_the_schema_of_the_host(postgres_url: str, schema: str) -> None:
         assert connection.execute(f"SELECT count(*) FROM {quoted}.{TABLE}".encode()).fetchall() == [(3,)]
 
 
+@bug("an empty name is taken for the name of a schema, and there is none like that")
+async def test_a_schema_without_a_name_is_none(database_url: str) -> None:
+    """`DATABASE_SCHEMA=` in a file of settings: for Open WebUI that is as good as no line."""
+    async with host_engine(database_url) as engine:
+        host_database.use(engine, "")
+        store = ArtifactStore(OpenWebUIHost(), PIPE)
+        store.open(ArtifactSettings(KEY))
+        try:
+            assert await store.save([entry("x")])
+        finally:
+            await store.aclose()
+            host_database.reset()
+
+
 async def old_row(world: World, dropped: Iterable[str], version: int | None) -> str:
     """Make the table as an older version left it, without some columns, with one row; its ULID."""
     store = await world.worker()
@@ -1410,12 +1459,12 @@ async def test_what_nobody_has_used_for_long_goes(world: World) -> None:
     await until(lambda: any(row.last_used_at > NOON for row in world.rows() if row.ulid == used))
     now.now = NOON + 89 * DAY
     assert await first.prune() == 0
-    now.now = NOON + 91 * DAY
+    now.now = NOON + 93 * DAY
     assert await first.prune() == 2
     left = {(row.ulid, row.chat_id) for row in world.rows()}
     assert left == {(used, "chat"), (forked, "fork")}
     assert (unused, "chat") not in left
-    now.now = NOON + 141 * DAY
+    now.now = NOON + 144 * DAY
     assert await first.prune() == 2
     assert world.rows() == []
 
@@ -1447,6 +1496,21 @@ async def test_use_is_not_noted_each_time(world: World) -> None:
         await world.aclose(later)
     assert [row.last_used_at for row in world.rows()] == [NOON]
     assert not any(each.startswith("UPDATE") and TABLE in each for each in world.statements)
+
+
+@bug("use is noted once a day, and then counted as if it had been noted each time")
+@DIRECT
+async def test_what_was_used_within_its_days_stays(world: World) -> None:
+    """Also where they are few: a chat that somebody has just gone on with is in use."""
+    now = Clock(NOON)
+    keep_s = settings_of(ARTIFACT_CLEANUP_DAYS=1).keep_s
+    store, other = [await world.worker(now=now, keep_s=keep_s) for _ in range(2)]
+    (ulid,) = await store.save([entry("x")])
+    now.now += DAY - 3_600
+    assert (await other.load([ulid], "ada", "chat")).found == {ulid: "x"}
+    await world.aclose(other)
+    now.now += 2 * 3_600
+    assert await store.prune() == 0
 
 
 @DIRECT
@@ -1519,7 +1583,7 @@ async def test_rows_are_deleted_in_small_batches(world: World) -> None:
     now = Clock(NOON)
     store = await world.worker(now=now, batch=500)
     await store.save([entry(number, chat=f"{number % 7}") for number in range(1_000)])
-    now.now += 91 * DAY
+    now.now += 93 * DAY
     before = len(world.statements)
     assert await store.prune() == 1_000
     assert world.rows() == []
@@ -1562,7 +1626,7 @@ async def littered(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     now = Clock(NOON)
     store = await world.worker(now=now)
     await store.save([entry("x")])
-    now.now += 91 * DAY
+    now.now += 93 * DAY
     return now
 
 
@@ -1571,7 +1635,7 @@ async def test_it_cleans_up_from_time_to_time(world: World, littered: Clock, ask
     store = await world.worker(now=littered, cleanup_s=0.01)
     await until(lambda: world.rows() == [])
     await store.save([entry("again")])
-    littered.now += 91 * DAY
+    littered.now += 93 * DAY
     await until(lambda: world.rows() == [])
     assert asked.times >= 2
 
@@ -1611,7 +1675,7 @@ async def test_one_worker_cleans_at_a_time(
         await until(taken)
         store = await world.worker(now=littered)
         await store.save([entry("x")])
-        littered.now += 91 * DAY
+        littered.now += 93 * DAY
         times = asked.times
         await until(lambda: asked.times >= times + 5)
         assert len(world.rows()) == 1
@@ -1627,7 +1691,7 @@ async def test_a_clean_up_that_failed_is_tried_again(world: World, littered: Clo
     await until(lambda: asked.times >= times + 3)
     await world.change(f"ALTER TABLE away RENAME TO {TABLE}")
     await store.save([entry("x")])
-    littered.now += 91 * DAY
+    littered.now += 93 * DAY
     await until(lambda: world.rows() == [])
 
 
