@@ -7,17 +7,12 @@ its own where it matters that what this process holds is the pipe's.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import ctypes
 import gc
 import os
-import resource
 import selectors
 import subprocess
 import sys
-import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +34,7 @@ from tests.bench.hosting import (
     set_valves,
     text_of,
 )
+from tests.footprint import held, more, resident_mb
 from tests.people import soon
 
 Json = dict[str, Any]
@@ -90,31 +86,6 @@ def live_runtime(function_id: str) -> Any:
 
 
 # What a process holds
-
-
-def held() -> Counter[str]:
-    """Tasks, threads, and open files by their kind."""
-    counts = Counter(tasks=len(asyncio.all_tasks()), threads=threading.active_count())
-    for number in os.listdir("/proc/self/fd"):
-        try:
-            target = os.readlink(f"/proc/self/fd/{number}")
-        except FileNotFoundError:  # the one of the listing itself
-            continue
-        counts[target.partition(":")[0] if ":" in target else "file"] += 1
-    return counts
-
-
-def more(now: Counter[str], before: Counter[str]) -> dict[str, int]:
-    """What there is more of."""
-    return dict(now - before)
-
-
-def resident_mb() -> float:
-    """The memory of this process, after everything that nothing leads to is gone."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError):  # not every C library can give back what is free
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize() / 1e6
 
 
 def loads_alive() -> int:
