@@ -19,7 +19,7 @@ FIND_PYTHON = for python in $(PYTHON) python3.12 python3.11 python3 python; do \
     echo "Python 3.11 or 3.12 with its venv module is needed (Debian: apt install python3-venv);" \
       "PYTHON=/path/to/python chooses one." >&2; exit 1; fi
 
-.PHONY: help run test e2e bench check clean
+.PHONY: help run test e2e bench soak check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -36,6 +36,9 @@ e2e: $(E2E_STAMP) $(WEBUI_STAMP)  ## run the tests against a real Open WebUI and
 
 bench: $(DEV_STAMP)  ## measure loading and streaming
 	.venv/bin/python -m tests.bench $(ARGS)
+
+soak: $(DEV_STAMP)  ## ten minutes of people who come and go (SECONDS=600): nothing may fail, nothing may grow
+	.venv/bin/python -m tests.soak --seconds $(or $(SECONDS),600)
 
 check: $(DEV_STAMP) $(E2E_STAMP)  ## ruff and pyright
 	.venv/bin/ruff check .

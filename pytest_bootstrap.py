@@ -214,14 +214,18 @@ class HostFunctions:
 
     def __init__(self) -> None:
         self.active: dict[str, bool] = {}
+        self.content: dict[str, str] = {}  # their code, where it matters
 
     def reset(self) -> None:
         """Forget them."""
         self.active.clear()
+        self.content.clear()
 
     async def get_function_by_id(self, id: str, db: object = None) -> SimpleNamespace | None:
         """The row of a function, or None."""
-        return SimpleNamespace(id=id, is_active=self.active[id]) if id in self.active else None
+        if id not in self.active:
+            return None
+        return SimpleNamespace(id=id, is_active=self.active[id], content=self.content.get(id, ""))
 
 
 host_functions = HostFunctions()

@@ -1,5 +1,5 @@
 """`python -m tests.bench [--quick]`: what loading, the model list, a long chat, a round of tools, keeping
-artifacts, streaming and size cost.
+artifacts, streaming, size and more chats than may run cost.
 
 Each figure stands beside its limit; ends with 1 when one is over it. `--quick` takes fewer and shorter
 rounds: good enough to see a change of a third, not to judge one of a tenth.
@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest_bootstrap  # noqa: F401 - the stand-in for the host
 from openrouter_responses_pipe.webui import SimulatorServer
-from tests.bench import artifacts, catalog, history, loading, scale, streaming, tools
+from tests.bench import artifacts, catalog, history, load, loading, scale, streaming, tools
 from tests.bench.report import HEADER, Figure
 
 ROUNDS, QUICK_ROUNDS = 7, 3
-PARTS = ("loading", "catalog", "history", "tools", "artifacts", "streaming", "scale")
+PARTS = ("loading", "catalog", "history", "tools", "artifacts", "streaming", "scale", "load")
 
 
 def _say(text: str) -> None:
@@ -42,6 +42,8 @@ def _streams(wanted: Container[str], rounds: int, quick: bool) -> list[Figure]:
                 figures += streaming.first_request_figures(simulator.base_url, rounds, _say)
             if "scale" in wanted:
                 figures += asyncio.run(scale.ScaleBench(simulator.base_url, rounds, quick, _say).figures())
+            if "load" in wanted:
+                figures += asyncio.run(load.LoadBench(simulator.base_url, rounds, quick, _say).figures())
             return figures
         finally:
             simulator.stop()
@@ -69,7 +71,7 @@ def main() -> int:
         figures += asyncio.run(tools.figures(rounds, _say))
     if "artifacts" in wanted:
         figures += asyncio.run(artifacts.figures(rounds, args.quick, _say))
-    if {"streaming", "scale"} & set(wanted):
+    if {"streaming", "scale", "load"} & set(wanted):
         figures += _streams(wanted, rounds, args.quick)
     _say("")
     over = [figure for figure in figures if figure.over]
