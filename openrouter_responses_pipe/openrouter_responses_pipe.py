@@ -827,7 +827,7 @@ class _PipeJob:
 
     __slots__ = (
         *("at_end", "context", "emitter", "ended_by", "outlet", "remarks", "request", "request_id"),
-        *("tally", "task", "valves"),
+        *("started_at", "tally", "task", "valves"),
     )
 
     def __init__(
@@ -839,6 +839,7 @@ class _PipeJob:
         self.outlet = outlet
         self.context = context
         self.request_id = context.request
+        self.started_at = 0.0  # by the clock of the runtime
         self.remarks: tuple[Notice, ...] = ()
         self.tally: Counter[str] = Counter()
         self.task: asyncio.Task[None] | None = None
@@ -3416,7 +3417,9 @@ class OpenWebUIHost:
             return None
         async_engine = _host("internal.db", "async_engine")
 
-        return None if async_engine is None else Database(async_engine, _host("env", "DATABASE_SCHEMA"))
+        return (
+            None if async_engine is None else Database(async_engine, _host("env", "DATABASE_SCHEMA") or None)
+        )
 
     def redis(self) -> tuple[Any, str] | None:
         """(a client of the host's Redis that speaks bytes, the prefix of its keys); None if it has none."""
@@ -7929,9 +7932,12 @@ def _dispose(session: aiohttp.ClientSession, loop: asyncio.AbstractEventLoop) ->
     if connector is None:
         return
     closing = _close_connector(connector)
-    if loop.is_running():
+    here: asyncio.AbstractEventLoop | None = None
+    with contextlib.suppress(RuntimeError):
+        here = asyncio.get_running_loop()
+    if loop.is_running() and here is not loop:
         asyncio.run_coroutine_threadsafe(closing, loop)
-    else:  # up to its first wait it closes; nobody is left to wait
+    else:  # up to its first wait it closes; nobody is left to wait, or the loop may end before it would
         with contextlib.suppress(StopIteration):
             closing.send(None)
         closing.close()
@@ -8110,7 +8116,7 @@ class Outlet:
         self._open_room()
 
     async def chunks(
-        self, run: Callable[[], asyncio.Task[None]] | None = None
+        self, run: Callable[[], asyncio.Task[None] | None] | None = None
     ) -> AsyncGenerator[JSONObject, None]:
         """Give everything that was put, in order, until `finish`; `run` starts what puts it.
 
@@ -8748,6 +8754,12 @@ class Emitter:
         if self._first_at is None and isinstance(emission, _WRITTEN):
             self._first_at = self._clock()
             self.began_at = self.began_at or self._first_at
+
+    def refuse(self, error: PipeError) -> None:
+        """Say why nothing will be sent, and end; nothing is waited for."""
+        error.shown = render_error(error, self._page)
+        self._emit_update(Failed(error))
+        self.aclose()
 
     def aclose(self) -> None:
         """Nothing more will be sent."""
@@ -9667,7 +9679,11 @@ class RedisWriteBehind:
         async with asyncio.timeout(_REDIS_S):
             contents = await self._client.lrange(self._key("pending"), 0, self._batch - 1)
         rows = list(filter(None, map(_row_of_bytes, contents)))
-        unusable = len(contents) - len(rows) + (await self._move(rows) if rows else 0)
+        try:
+            unusable = len(contents) - len(rows) + (await self._move(rows) if rows else 0)
+        except StorageError:
+            await self._put_last(contents)
+            raise
         if unusable:
             LOGGER.warning("%d entries in Redis are no rows; they are removed", unusable)
         async with asyncio.timeout(_REDIS_S), self._client.pipeline(transaction=True) as commands:
@@ -9680,6 +9696,14 @@ class RedisWriteBehind:
                 self._confirm(news)
             await commands.execute()
         return len(contents)
+
+    async def _put_last(self, contents: Sequence[bytes]) -> None:
+        """Let others come first: these may be themselves what cannot be written."""
+        async with asyncio.timeout(_REDIS_S), self._client.pipeline(transaction=True) as commands:
+            for content in contents:
+                commands.lrem(self._key("pending"), 1, content)
+                commands.rpush(self._key("pending"), content)
+            await commands.execute()
 
     async def _move(self, rows: Sequence[ArtifactRow]) -> int:
         """Have rows written, one by one if together they fail; returns how many are themselves at fault."""
@@ -9713,7 +9737,7 @@ class RedisWriteBehind:
         rows = [row for row, since in self._unconfirmed.values() if since < before]
         if rows:
             with contextlib.suppress(StorageError):
-                await self._sink(rows)
+                await self._move(rows)
                 for row in rows:
                     self._unconfirmed.pop((row.ulid, row.chat_id), None)
 
@@ -9857,13 +9881,16 @@ class ArtifactStore:
                 return
             table = self._table = ArtifactTable(database, self._pipe_id)
             for number in itertools.count():
+                if self._closed:
+                    return
                 try:
                     await table.create(self._now())
                     break
                 except StorageError as exc:
                     if number > 1:  # before, it may have been other workers, at the same moment
                         self._note_outage(exc)
-                longest_s = min(_RETRY_S, 0.1 * 2 ** min(number, 10))
+                # Soon while it is locked, ever less often where it may never come.
+                longest_s = min(_RETRY_S, 0.1 * 2 ** min(number, 10)) if number < 120 else _RARE_RETRY_S
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._is_open = True
             self._tried.set()
@@ -10059,7 +10086,7 @@ class ArtifactStore:
             return 0
         deleted = 0
         if settings.keep_s:
-            since = self._now() - settings.keep_s
+            since = self._now() - settings.keep_s - _UNNOTED_S
             deleted += await _in_batches(lambda: table.delete_unused(since, _PRUNE_BATCH))
         last = ""
         while chats := await table.chats(last, _MOST_CHATS):
@@ -10096,7 +10123,7 @@ class ArtifactStore:
                 if self._writing is not None:
                     await asyncio.wait((self._writing,))
         me = {asyncio.current_task()}
-        if left := self._tasks - me - {self._opening, *self._services.values()}:
+        if left := self._tasks - me - {*self._services.values()}:
             await asyncio.wait(left, timeout=_AT_ONCE_S)
         for _ in range(_CANCEL_TRIES):  # what an answer of Redis swallows has to be said again
             left = [task for task in self._tasks - me if not task.done()]
@@ -10217,11 +10244,13 @@ async def _in_batches(delete: Callable[[], Awaitable[int]]) -> int:
 _RECENT_BYTES: Final = 16 * 1024 * 1024
 _RECENT_S: Final = 6 * 3600.0
 _TOUCH_S: Final = 86_400.0
+_UNNOTED_S: Final = _TOUCH_S + _RECENT_S  # a row may have been used so long after that was noted
 _THREAD_BYTES: Final = 4 * 1024
 _SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
 _LOAD_S: Final = 3.0
 _OPEN_S: Final = 2.0  # what the first may wait for the table
 _RETRY_S: Final = 0.5  # the longest from one try to open it to the next
+_RARE_RETRY_S: Final = 15.0
 _OPEN_AGAIN_S: Final = 10.0
 _MOST_LOADED: Final = 5_000  # of one history, the latest of it first
 _PRUNE_BATCH: Final = 200
@@ -11172,10 +11201,15 @@ class TurnMemory:
         """The records of a history, and what the person has to know of those that are lost."""
         settings = self.open(valves)
         cipher = settings.cipher
-        records: dict[str, TurnEntries] = {}
-        for sealed in plan.sealed if cipher.can_seal else ():
-            with contextlib.suppress(StorageError, ValueError):
-                records[sealed] = _objects(_json_loads(cipher.open(sealed, request.user_id)))
+
+        def opened() -> dict[str, TurnEntries]:
+            found: dict[str, TurnEntries] = {}
+            for sealed in plan.sealed if cipher.can_seal else ():
+                with contextlib.suppress(StorageError, ValueError):
+                    found[sealed] = _objects(_json_loads(cipher.open(sealed, request.user_id)))
+            return found
+
+        records = await _in_thread(opened, sum(map(len, plan.sealed)))
         if plan.turns and settings.is_on:
             loaded = await self._store.load(plan.turns, request.user_id, request.chat_id)
             records |= {ulid: _objects(entries) for ulid, entries in loaded.found.items()}
@@ -11205,12 +11239,15 @@ class TurnMemory:
                 ulids = await self._store.save([payload])
                 return [CarrierReady(item, [{**detail, "turn": ulids[0]}])]
         data = _json_dumps(entries)
+        if len(data) > _MAX_RECORD_BYTES:
+            return [Notice(_NOT_REMEMBERED)]
         if settings.cipher.can_seal:
-            detail["sealed"] = settings.cipher.seal(data, request.user_id)
+            seal = functools.partial(settings.cipher.seal, data, request.user_id)
+            detail["sealed"] = await _in_thread(seal, len(data))
             size = len(detail["sealed"])
         else:
             detail["record"], size = entries, len(data)
-        if size > _MAX_CARRIER_CHARS or len(data) > _MAX_RECORD_BYTES:
+        if size > _MAX_CARRIER_CHARS:
             return [Notice(_NOT_REMEMBERED)]
         return [CarrierReady(item, [detail])]
 
@@ -11711,6 +11748,11 @@ class Ticket:
         self.is_running = False
         self.turn: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether the request may never run."""
+        return self.turn.done() and not self.turn.cancelled() and not self.turn.result()
+
 
 class AdmissionScheduler:
     """Who runs and who waits: a queue for each person, served in turns. It waits for nothing itself."""
@@ -12090,7 +12132,7 @@ class Runtime:
         except asyncio.CancelledError:
             # Of an answer that is not streamed Open WebUI keeps what is returned, and nothing else.
             stopping = asyncio.current_task()
-            if stopping is None or job.request.dialect != "browser_json":
+            if stopping is None or task is None or job.request.dialect != "browser_json":
                 raise
             task.cancel()
             await asyncio.wait((task,), timeout=_CLEANUP_S)
@@ -12098,26 +12140,39 @@ class Runtime:
             stopping.uncancel()
             return await job.outlet.result()
         finally:
-            task.cancel()
+            if task is not None:
+                task.cancel()
 
-    def _submit(self, job: _PipeJob) -> asyncio.Task[None]:
+    def _submit(self, job: _PipeJob) -> asyncio.Task[None] | None:
+        """Give a request its place; None if it was refused, which is said at once."""
+        job.started_at = self._clock()
+        gate = self._tasks if job.request.is_task else self._chats
+        if self.retired:
+            return self._refuse(job, AdmissionError(_UPDATED))
+        ticket = gate.enter(job.request.user_id)
+        if ticket.is_refused:
+            return self._refuse(job, AdmissionError(_BUSY, status=503))
         task = job.task = asyncio.get_running_loop().create_task(
-            self._request_worker_loop(job), name=f"answer {job.request_id}"
+            self._request_worker_loop(job, gate, ticket), name=f"answer {job.request_id}"
         )
+        # A loop that is closed in mid-answer says nothing of it: there is nobody to whom it would matter.
+        task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]  # asyncio's own switch
         self._jobs.add(job)
         task.add_done_callback(lambda _: self._jobs.discard(job))
         return task
 
-    async def _request_worker_loop(self, job: _PipeJob) -> None:
+    def _refuse(self, job: _PipeJob, error: AdmissionError) -> None:
+        if not self._is_busy and error.status:
+            self._is_busy = True
+            LOGGER.warning("Requests are refused: %d run, %d wait", self._chats.running, self._chats.waiting)
+        job.emitter.refuse(error)
+        self._note_end(job, "refused")
+
+    async def _request_worker_loop(self, job: _PipeJob, gate: AdmissionScheduler, ticket: Ticket) -> None:
         """Carry one request from its place among those that wait to its end."""
-        gate = self._tasks if job.request.is_task else self._chats
-        ticket: Ticket | None = None
-        outcome, started = "stopped", self._clock()
+        outcome = "stopped"
         with self.logs.bind(job.context, job.valves.SESSION_LOG_MAX_LINES):
             try:
-                if self.retired:
-                    raise AdmissionError(_UPDATED)
-                ticket = gate.enter(job.request.user_id)
                 await self._wait_for_turn(ticket, gate, job)
                 outcome = await self._answer(job)
             except AdmissionError as exc:
@@ -12131,10 +12186,9 @@ class Runtime:
                 LOGGER.exception("request %s: unexpected error", job.request_id)
                 await self._say_last(job, PipeError())
             finally:
-                if ticket is not None:
-                    gate.leave(ticket)
+                gate.leave(ticket)
                 job.emitter.aclose()
-                self._note_end(job, outcome, started)
+                self._note_end(job, outcome)
 
     async def _wait_for_turn(self, ticket: Ticket, gate: AdmissionScheduler, job: _PipeJob) -> None:
         """Wait until the request may run; the person is told its place, ever less often.
@@ -12154,10 +12208,7 @@ class Runtime:
                 before = "this request is the next" if not place else f"{place} requests are before this one"
                 before = before.replace("1 requests are", "1 request is") if place == 1 else before
                 await job.emitter.send((StatusUpdate(f"Waiting for a free place: {before}"),))
-        if not ticket.turn.result():
-            if not self._is_busy:
-                LOGGER.warning("Requests are refused: %d run and %d wait", gate.running, gate.waiting)
-            self._is_busy = True
+        if ticket.is_refused:
             raise AdmissionError(_BUSY, status=503)
         self._is_busy = self._is_busy and gate.waiting > _QUEUE_MAXSIZE // 2
         if told is not None:
@@ -12178,9 +12229,9 @@ class Runtime:
             self._checks.note_success(connection)
         return "answered" if error is None else "failed"
 
-    def _note_end(self, job: _PipeJob, outcome: str, started: float) -> None:
+    def _note_end(self, job: _PipeJob, outcome: str) -> None:
         """One line of what a request took, and the same for the metrics."""
-        usage, request, now = job.emitter.usage(), job.request, self._clock()
+        usage, request, started = job.emitter.usage(), job.request, job.started_at
         details = {
             **_mapping(usage.get("input_tokens_details")),
             **_mapping(usage.get("output_tokens_details")),
@@ -12188,7 +12239,7 @@ class Runtime:
         used = {name: usage.get(name) or 0 for name in ("input_tokens", "output_tokens", "cost")}
         used |= {name: details.get(name) or 0 for name in ("cached_tokens", "reasoning_tokens")}
         used = {name: value for name, value in {**used, **job.tally}.items() if _is_number(value) and value}
-        times = {"seconds": now - started}
+        times = {"seconds": self._clock() - started}
         if job.emitter.began_at is not None:
             times["first_token_seconds"] = job.emitter.began_at - started
         facts = {"outcome": outcome, "model": request.model, "dialect": request.dialect, **used}

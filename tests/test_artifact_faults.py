@@ -607,7 +607,6 @@ async def test_rows_reach_a_database_that_was_away(
 
 
 @pytest.mark.parametrize("is_closed", [False, True])
-@pytest.mark.xfail(strict=True, reason="rows are written in parts, and a part with a bad row is not written")
 async def test_a_bad_row_does_not_cost_others_when_redis_dies(
     is_closed: bool, sqlite_url: str, redis_server: RedisServer
 ) -> None:

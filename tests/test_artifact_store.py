@@ -86,11 +86,6 @@ async def until(found: Callable[[], T], patience_s: float = PATIENCE_S) -> T:
             await asyncio.sleep(0.01)
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    """What does not hold yet."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 def entry(data: Any, user: str = "ada", chat: str = "chat", **more: Any) -> ArtifactPayload:
     """Something to keep."""
     return ArtifactPayload(data, "turn", user, chat, "message", "a/mind")._replace(**more)
@@ -713,7 +708,6 @@ async def test_a_row_that_cannot_be_written_does_not_hold_up_others_in_redis(wor
     await world.written(*ulids[:4], *ulids[5:], patience_s=5.0)
 
 
-@bug("a batch of which no row can be written stays at the head of the list for ever")
 @only(database_url="sqlite", cache="redis", codec="lz4")
 async def test_many_rows_that_cannot_be_written_do_not_hold_up_others_in_redis(world: World) -> None:
     """Also where a batch has no other rows."""
@@ -817,7 +811,6 @@ async def test_what_redis_has_is_there_while_the_table_is_away(world: World) -> 
 # What rides with messages instead
 
 
-@bug("what rides with messages is opened on the loop, however much it is")
 async def test_nobody_waits_for_the_long_chat_of_another() -> None:
     """With the store off, and in channels, all thinking of a chat comes with each request."""
     words, noise = "the secret of this server", random.Random(5).randbytes
@@ -1161,7 +1154,6 @@ async def test_the_schema_of_the_host(postgres_url: str, schema: str) -> None:
         assert connection.execute(f"SELECT count(*) FROM {quoted}.{TABLE}".encode()).fetchall() == [(3,)]
 
 
-@bug("an empty name is taken for the name of a schema, and there is none like that")
 async def test_a_schema_without_a_name_is_none(database_url: str) -> None:
     """`DATABASE_SCHEMA=` in a file of settings: for Open WebUI that is as good as no line."""
     async with host_engine(database_url) as engine:
@@ -1498,7 +1490,6 @@ async def test_use_is_not_noted_each_time(world: World) -> None:
     assert not any(each.startswith("UPDATE") and TABLE in each for each in world.statements)
 
 
-@bug("use is noted once a day, and then counted as if it had been noted each time")
 @DIRECT
 async def test_what_was_used_within_its_days_stays(world: World) -> None:
     """Also where they are few: a chat that somebody has just gone on with is in use."""
@@ -1723,7 +1714,6 @@ async def test_a_store_ends_soon(world: World) -> None:
         await asyncio.wait((busy,))
 
 
-@bug("closing breaks off the statement that makes the table; its thread finds no loop any more")
 def test_a_store_that_is_closed_while_it_opens(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """At any moment: what it has begun in the host's database ends before the server does."""
     told: list[str] = []

@@ -17,6 +17,7 @@ from tests import engines
 from tests.people import Asked, People
 from tests.support import SOON_S, inferences, running_pipe, set_valves
 
+CHECKS: Final[dict[str, Any]] = {"ENABLE_STARTUP_CHECKS": True}
 FINE: Final = "[[plain text=fine]]"
 UNAVAILABLE: Final = "Service unavailable due to startup issues"
 LONG_S: Final = 20.0  # within ten seconds it is not asked again
@@ -26,7 +27,7 @@ LONG_S: Final = 20.0  # within ten seconds it is not asked again
 async def people(simulator: Simulator, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[People]:
     """People before a pipe that has not been used yet."""
     monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
-    async with running_pipe(simulator.base_url) as pipe, People.of(pipe) as people:
+    async with running_pipe(simulator.base_url, **CHECKS) as pipe, People.of(pipe) as people:
         yield people
 
 
@@ -80,7 +81,7 @@ async def test_a_proxy_that_knows_no_keys_is_no_failure(people: People, simulato
 
 
 async def test_a_key_that_is_not_accepted(people: People, simulator: Simulator) -> None:
-    set_valves(people.pipe, simulator.base_url, API_KEY="sk-bad-key")
+    set_valves(people.pipe, simulator.base_url, API_KEY="sk-bad-key", **CHECKS)
     asked = await until_refused(people)
     sent = len(inferences(simulator))
     assert "did not accept the API key" in asked.answer.error
@@ -88,7 +89,7 @@ async def test_a_key_that_is_not_accepted(people: People, simulator: Simulator) 
     again = [people.ask(FINE) for _ in range(10)]
     assert all([(await one.end()).error.startswith(UNAVAILABLE) for one in again])
     assert len(inferences(simulator)) == sent
-    set_valves(people.pipe, simulator.base_url)
+    set_valves(people.pipe, simulator.base_url, **CHECKS)
     async with asyncio.timeout(LONG_S):
         while (await people.ask(FINE).end()).text != "fine":
             pass
@@ -97,7 +98,7 @@ async def test_a_key_that_is_not_accepted(people: People, simulator: Simulator) 
 async def test_a_key_of_ones_own_is_not_that_of_the_administrator(
     people: People, simulator: Simulator
 ) -> None:
-    set_valves(people.pipe, simulator.base_url, API_KEY="sk-bad-key", ALLOW_USER_API_KEYS=True)
+    set_valves(people.pipe, simulator.base_url, API_KEY="sk-bad-key", ALLOW_USER_API_KEYS=True, **CHECKS)
     await until_refused(people)
     valves = people.pipe.UserValves.model_validate({"API_KEY": "sk-or-v1-my-own"})
     person = {"id": "bob", "name": "bob", "email": "b@example.org", "role": "user", "valves": valves}
@@ -107,7 +108,7 @@ async def test_a_key_of_ones_own_is_not_that_of_the_administrator(
 async def test_it_comes_back(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
     port = engines.steady_port()
-    async with running_pipe(f"http://127.0.0.1:{port}/api/v1") as pipe, People.of(pipe) as people:
+    async with running_pipe(f"http://127.0.0.1:{port}/api/v1", **CHECKS) as pipe, People.of(pipe) as people:
         asked = await until_refused(people)
         assert "could not be reached" in asked.answer.error
         async with Simulator(port=port), asyncio.timeout(LONG_S):

@@ -325,7 +325,7 @@ class Large:
         seconds = []
         for _ in range(PRUNES):
             since = await asyncio.to_thread(self._ask, self._oldest())
-            async with _store(keep_s=time.time() - since) as store:
+            async with _store(keep_s=time.time() - since - module._UNNOTED_S) as store:
                 traffic = Traffic(store, talks)
                 gc.collect()
                 started = time.perf_counter()
