@@ -1685,6 +1685,11 @@ def _cut_text(text: str, most_chars: int) -> str:
     return f"{text[:head]}{mark}{text[len(text) - (kept - head) :]}"
 
 
+def _end_unheard(task: asyncio.Task[Any]) -> None:
+    """Let a task say nothing when its loop is closed before it has ended: there is nobody left to care."""
+    task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]  # asyncio's own switch
+
+
 async def _end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
     """End tasks of ours, within a few seconds."""
     left = [task for task in tasks if not task.done()]
@@ -2328,7 +2333,8 @@ class SessionLogger(logging.Handler):
         try:
             yield
         finally:
-            _LOG_CONTEXT.reset(token)
+            with contextlib.suppress(ValueError):  # thrown away together with its loop, from elsewhere
+                _LOG_CONTEXT.reset(token)
 
     def emit(self, record: logging.LogRecord) -> None:
         """Take a line; of several loggers (of a runtime that ends and one that has begun) only one does."""
@@ -12047,6 +12053,7 @@ class Runtime:
                 _keep_house(weakref.ref(self)), name="housekeeping", context=_nobodys_context()
             )
             self._housekeeping = task
+            _end_unheard(task)
             weakref.finalize(self, _cancel_in_loop, task, loop).atexit = False
 
     async def _end_services(self) -> None:
@@ -12155,10 +12162,15 @@ class Runtime:
         task = job.task = asyncio.get_running_loop().create_task(
             self._request_worker_loop(job, gate, ticket), name=f"answer {job.request_id}"
         )
-        # A loop that is closed in mid-answer says nothing of it: there is nobody to whom it would matter.
-        task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]  # asyncio's own switch
+        _end_unheard(task)
         self._jobs.add(job)
-        task.add_done_callback(lambda _: self._jobs.discard(job))
+
+        def release(_: asyncio.Task[None]) -> None:  # also if it was stopped before it began
+            self._jobs.discard(job)
+            gate.leave(ticket)
+            job.emitter.aclose()
+
+        task.add_done_callback(release)
         return task
 
     def _refuse(self, job: _PipeJob, error: AdmissionError) -> None:
@@ -12170,7 +12182,6 @@ class Runtime:
 
     async def _request_worker_loop(self, job: _PipeJob, gate: AdmissionScheduler, ticket: Ticket) -> None:
         """Carry one request from its place among those that wait to its end."""
-        outcome = "stopped"
         with self.logs.bind(job.context, job.valves.SESSION_LOG_MAX_LINES):
             try:
                 await self._wait_for_turn(ticket, gate, job)
@@ -12180,15 +12191,15 @@ class Runtime:
                 await self._say_last(job, exc)
             except asyncio.CancelledError:
                 await self._say_last(job, job.ended_by)
+                job.emitter.aclose()
+                self._note_end(job, "stopped")
                 raise
             except Exception:
                 outcome = "failed"
                 LOGGER.exception("request %s: unexpected error", job.request_id)
                 await self._say_last(job, PipeError())
-            finally:
-                gate.leave(ticket)
-                job.emitter.aclose()
-                self._note_end(job, outcome)
+            job.emitter.aclose()
+            self._note_end(job, outcome)
 
     async def _wait_for_turn(self, ticket: Ticket, gate: AdmissionScheduler, job: _PipeJob) -> None:
         """Wait until the request may run; the person is told its place, ever less often.

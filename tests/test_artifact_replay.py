@@ -291,14 +291,14 @@ async def test_nothing_is_kept_of_tasks_and_of_those_who_want_none(
 
 
 async def test_switched_off_from_the_start(pipe: Pipe, simulator: Simulator, world: World) -> None:
-    """There is not even a table; little things ride with the messages."""
+    """There is not even a table of it; little things ride with the messages."""
     set_valves(pipe, simulator.base_url, ENABLE_ARTIFACT_STORE=False)
     talk = Talk(simulator)
     assert carried(await talk.ask(pipe, thought(1), message("a"))).keys() == {"sealed"}
     await talk.ask(pipe, message("b"))
     assert sent_back(simulator) == [thought(1)]
     await pipe.aclose()
-    assert tables_of(world) == set()
+    assert {name for name in tables_of(world) if not name.endswith("_metrics")} == set()
 
 
 async def test_switched_off_later_and_on_again(pipe: Pipe, simulator: Simulator, world: World) -> None:
