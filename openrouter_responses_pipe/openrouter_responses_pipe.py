@@ -125,12 +125,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_after_attempt,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 # What may be missing
 try:
@@ -228,9 +223,7 @@ _URL_RE: Final = re.compile(  # letters by name: with IGNORECASE, [a-z] also mat
     r"(?::([0-9]{1,5}))?(?:[/?#].*)?"
 )
 _NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes a host an IPv4 address
-_MARKUP_RE: Final = re.compile(
-    rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
-)
+_MARKUP_RE: Final = re.compile(rb"(?i)<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b")
 # ![alt](address "title"), what a page shows as a picture; possessive, so that no text takes long to search
 _MARKDOWN_IMAGE_RE: Final = re.compile(
     r"!\[((?:[^\[\]\n]++|\[[^\[\]\n]*+\])*+)\]\(\s{0,9}+<?((?:[^\s()<>]++|\([^\s()<>]*+\))++)>?"
@@ -238,8 +231,7 @@ _MARKDOWN_IMAGE_RE: Final = re.compile(
 )
 _DATA_ADDRESS_RE: Final = re.compile(r"(\]\(\s{0,9}+<?)data:[^\s()<>]*+")
 _TEXT_NAME_RE: Final = re.compile(
-    r".*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is).*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)"
 )
 _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
@@ -286,16 +278,11 @@ _REPLAYED_TOOLS: Final = ("openrouter:advisor",)
 _RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
 _SETUP_MODEL_ID: Final = "setup"
 
-
 _fast_loads: Final[Callable[[bytes | str], Any]] = orjson.loads if orjson is not None else json.loads
 
 
 def _json_loads(data: bytes | str) -> Any:
-    """Decode JSON. Lone surrogates, which orjson refuses, are kept as they are.
-
-    Raises:
-        ValueError: the text is not JSON.
-    """
+    """Decode JSON, else raise ValueError. Lone surrogates, which orjson refuses, are kept as they are."""
     try:
         return _fast_loads(data)
     except ValueError:
@@ -310,11 +297,7 @@ def _slow_loads(data: bytes | str) -> Any:
 
 
 def _json_dumps(value: Any) -> bytes:
-    """Encode `value` as UTF-8 JSON; a lone surrogate leaves as U+FFFD.
-
-    Raises:
-        TypeError: a value that JSON does not know.
-    """
+    """Encode as UTF-8 JSON, else raise TypeError; a lone surrogate leaves as U+FFFD."""
     if orjson is not None:
         with contextlib.suppress(TypeError, ValueError):
             return orjson.dumps(value)
@@ -330,10 +313,8 @@ def _whole_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        pass
-    else:
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 # ── 2. Typed shapes ──────────────────────────────────────────────────────────
@@ -447,9 +428,6 @@ class PriceOverride(NamedTuple):
     hours: tuple[int, int] | None = None
 
 
-_NO_PRICES: Final[Mapping[str, float]] = types.MappingProxyType({})
-
-
 class ModelSpec(NamedTuple):
     """What the catalog says of one model; None where it does not say.
 
@@ -464,7 +442,7 @@ class ModelSpec(NamedTuple):
     output_modalities: frozenset[str] = frozenset({"text"})
     supported_parameters: frozenset[str] = frozenset()
     reasoning: ReasoningSpec | None = None
-    prices: Mapping[str, float] = _NO_PRICES
+    prices: Mapping[str, float] = types.MappingProxyType({})
     overrides: tuple[PriceOverride, ...] = ()
     max_output: int | None = None
     created: int = 0
@@ -1017,24 +995,10 @@ class Failed(NamedTuple):
     log: str = ""
 
 
-Emission = (
-    TextDelta
-    | RefusalDelta
-    | ReasoningDelta
-    | ItemClosed
-    | StatusUpdate
-    | CitationFound
-    | Notice
-    | ToolRequested
-    | ToolStarted
-    | ToolFinished
-    | ServerToolProgress
-    | MediaProduced
-    | UsageReported
-    | TurnEnded
-    | CarrierReady
-    | Failed
-)
+_SaidByTheModel = TextDelta | RefusalDelta | ReasoningDelta | ItemClosed | CitationFound | MediaProduced
+_ToolEmission = ToolRequested | ToolStarted | ToolFinished | ServerToolProgress
+_CallEmission = StatusUpdate | Notice | UsageReported | CarrierReady | TurnEnded | Failed
+Emission = _SaidByTheModel | _ToolEmission | _CallEmission
 Sink = Callable[[Sequence[Emission]], Awaitable[None]]
 
 
