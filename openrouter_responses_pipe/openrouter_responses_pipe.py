@@ -1029,7 +1029,6 @@ _NOTHING_TO_AWAIT: Final = _NothingToAwait()
 # ├─ StreamError                the stream was malformed, cut or failed
 # └─ StorageError               what was kept cannot be read
 
-
 _UPDATED: Final = "This function has just been updated. Please send the message again"
 
 
@@ -1088,13 +1087,9 @@ class InputError(PipeError):
 class UnsafeURLError(InputError):
     """The chat names an address that is not fetched: it leads inward, or could be read to."""
 
-    template = "input"
-
 
 class PayloadTooLargeError(InputError):
     """The chat holds or names a file above its limit."""
-
-    template = "input"
 
 
 class OpenRouterAPIError(PipeError):
@@ -1172,7 +1167,6 @@ _EMPTY_WORDS: Final = (
     *("user not found", "request timed out", "rate limit exceeded"),
 )
 
-
 # what an administrator may word anew -> the rows that it covers
 _TEMPLATE_CLASSES: Final[dict[str, str]] = {
     **dict.fromkeys(("refused", "unknown_model", "too_long", "too_large", "not_found"), "provider"),
@@ -1203,8 +1197,7 @@ def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
     title, advice = _ADVICE.get(error.template, _ADVICE["internal"])
     message = _provider_sentence(error.detail, bool(title))
     wait_s = error.retry_after or 0.0
-    said = any(phrase in message.lower() for phrase in ("try again", "retry"))
-    if said and "try again" in advice:
+    if "try again" in advice and any(phrase in message.lower() for phrase in ("try again", "retry")):
         advice = ""
     if wait_s > 1 and not re.search(rf"\b{round(wait_s)}\b", message):
         advice = f"Please try again in {_in_words(wait_s)}."
@@ -1268,9 +1261,8 @@ _ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
     **dict.fromkeys(("server", "unmapped"), ("server", True)),
     "rate_limit_exceeded": ("rate_limit", True),
     "timeout": ("timeout", True),
-    **dict.fromkeys(
-        ("permission_denied", "invalid_request", "invalid_prompt", "unprocessable"), ("refused", False)
-    ),
+    **dict.fromkeys(("permission_denied", "invalid_request", "invalid_prompt"), ("refused", False)),
+    "unprocessable": ("refused", False),
     "authentication": ("authentication", False),
     "context_length_exceeded": ("too_long", False),
     "payload_too_large": ("too_large", False),
@@ -1301,6 +1293,14 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def _as_float(value: Any) -> float:
+    """A number, also one in a string; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _error_object(value: Any) -> Mapping[str, Any]:
     """The `error` of an answer: an object, or only its words."""
     return {"message": value} if isinstance(value, str) else _mapping(value)
@@ -1329,8 +1329,7 @@ def _words_in(value: Any, depth: int = 6) -> str:
     if text[:1] in ("{", "[", '"'):
         with contextlib.suppress(ValueError):
             return _words_in(_json_loads(text), depth - 1)
-    is_markup = text.startswith(("<", "data:", "event:"))
-    return "" if is_markup or _CODE_WORD_RE.fullmatch(text) else text
+    return "" if text.startswith(("<", "data:", "event:")) or _CODE_WORD_RE.fullmatch(text) else text
 
 
 class _Refusal(NamedTuple):
@@ -1382,37 +1381,27 @@ class _Refusal(NamedTuple):
 
     def wait_s(self, template: str, now: float) -> float | None:
         """Seconds to wait before another try; None when nobody says."""
-        beside = {
-            str(name).lower(): str(text) for name, text in _mapping(self.metadata.get("headers")).items()
-        }
+        others = _mapping(self.metadata.get("headers"))
+        beside = {str(name).lower(): str(text) for name, text in others.items()}
 
         def header(name: str) -> str:
             return str(self.headers.get(name) or beside.get(name.lower()) or "")
 
         seconds = _retry_after_s(header("Retry-After") or self.availability.get("retry_after"), now)
         if seconds is None and template == "daily_limit":
-            return _reset_s(header("X-RateLimit-Reset"), now)
+            left = _as_float(header("X-RateLimit-Reset")) / 1000 - now  # of the epoch, in milliseconds
+            return left if 0 < left < 7 * 24 * 3600 else None
         return seconds
 
 
 def _retry_after_s(value: Any, now: float) -> float | None:
     """Seconds to wait, given as a number or an HTTP date; None for anything else."""
     text = str(value or "").strip()
-    seconds = math.nan
-    with contextlib.suppress(ValueError):
-        seconds = parsedate_to_datetime(text).timestamp() - now if text else math.nan
-    with contextlib.suppress(ValueError):
-        seconds = float(text)
+    seconds = _as_float(text)
+    if text and math.isnan(seconds):
+        with contextlib.suppress(ValueError):
+            seconds = parsedate_to_datetime(text).timestamp() - now
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _reset_s(milliseconds: str, now: float) -> float | None:
-    """Seconds until a limit begins anew, given in milliseconds of the epoch."""
-    try:
-        seconds = float(milliseconds) / 1000 - now
-    except ValueError:
-        return None
-    return seconds if 0 < seconds < 7 * 24 * 3600 else None
 
 
 def _as_status(code: Any) -> int | None:
