@@ -1484,8 +1484,7 @@ class EncryptedStr(str):
         """Seal `value` with `secret`. Already sealed, empty, or without a secret: kept as it is."""
         if not value or not secret or value.startswith(_ENCRYPTED_PREFIX):
             return cls(value)
-        token = Fernet(_fernet_key(secret)).encrypt(value.encode()).decode()
-        return cls(_ENCRYPTED_PREFIX + token)
+        return cls(_ENCRYPTED_PREFIX + Fernet(_fernet_key(secret)).encrypt(value.encode()).decode())
 
     def decrypt(self, secret: str) -> str:
         """The plain text.
@@ -1595,10 +1594,8 @@ def _new_ulid(now: float) -> str:
     if ULID is not None:
         return str(ULID.from_timestamp(now))
     number = int(now * 1000) % 2**48 << 80 | secrets.randbits(80)
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-_CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    crockford = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    return "".join(crockford[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def _header_value(text: str) -> str:
@@ -1678,11 +1675,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _pipe_id(module_name: str, model: str = "") -> str:
-    """The id of the function that holds this code.
-
-    The host names the module `function_<id>` or `function_<id>_<32 hex>`; elsewhere the part of
-    `model` before the first dot serves.
-    """
+    """The id of the function of this code: the host names the module by it, else `model` begins with it."""
     match = _MODULE_NAME_RE.fullmatch(module_name)
     return match["id"] if match else model.split(".", 1)[0] or module_name
 
@@ -1806,12 +1799,7 @@ def _base64_bytes(data: str, start: int = 0) -> int:
 
 
 def _validate_base64_size(data: str, max_bytes: int) -> int:
-    """The number of bytes that `data`, base64 of the standard alphabet in one line, decodes to.
-
-    Raises:
-        PayloadTooLargeError: more than `max_bytes`.
-        InputError: it is no base64.
-    """
+    """How many bytes base64 in one line decodes to; InputError if it is damaged, or above `max_bytes`."""
     size = _base64_bytes(data)
     if size > max_bytes:
         raise PayloadTooLargeError(f"A file in it is larger than {_megabytes(max_bytes)}, which is the limit")
@@ -1926,8 +1914,7 @@ def _name_of(address: str) -> str:
 
 def _shown_name(name: str) -> str:
     """A name that somebody gave to a file, fit for one line: nothing in it that cannot be seen."""
-    plain = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())
-    return plain[:80]
+    return "".join(letter for letter in " ".join(name.split()) if letter.isprintable())[:80]
 
 
 def _host_file_id(address: str, webui_url: str = "") -> str:
@@ -1937,7 +1924,6 @@ def _host_file_id(address: str, webui_url: str = "") -> str:
 
 
 # Schemas of arguments
-
 
 # what says something about a value, as OpenAI's strict mode knows it
 _SAID_STRICTLY: Final = frozenset(
@@ -1953,12 +1939,7 @@ _STRICT_KEYWORDS: Final = _SAID_STRICTLY | {
     *("examples", "example", "deprecated", "readOnly", "writeOnly"),
 }
 # what arguments are checked against: no patterns, which may take for ever
-_CHECKED: Final = (_SAID_STRICTLY - {"pattern"}) | {
-    "minLength",
-    "maxLength",
-    "minProperties",
-    "maxProperties",
-}
+_CHECKED: Final = _SAID_STRICTLY - {"pattern"} | {"minLength", "maxLength", "minProperties", "maxProperties"}
 _KINDS: Final = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _MOST_PARTS: Final = 2_000
 _DEEPEST_PART: Final = 64
@@ -1981,11 +1962,7 @@ class _SchemaReader:
         self._depth = 0
 
     def plain(self, part: Any) -> JSONObject:
-        """`part` written out.
-
-        Raises:
-            _NotPlainError: it leads nowhere, has no end, or contradicts itself.
-        """
+        """`part` written out; _NotPlainError if it leads nowhere, has no end, or contradicts itself."""
         if not isinstance(part, Mapping):
             if self._exact or part is not True:
                 raise _NotPlainError
@@ -2006,8 +1983,7 @@ class _SchemaReader:
         return _nullable(plain) if part.get("nullable") is True else plain
 
     def _take_kinds(self, plain: JSONObject) -> None:
-        kinds = _kinds_of(plain)
-        if "type" in plain and not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+        if not all(isinstance(kind, str) and kind in _KINDS for kind in _kinds_of(plain)) and "type" in plain:
             if self._exact:
                 raise _NotPlainError
             del plain["type"]
@@ -2073,10 +2049,8 @@ def _take_bounds(plain: JSONObject) -> None:
     """OpenAPI 3.0 says of a bound by true or false whether it is itself meant."""
     for bound in ("minimum", "maximum"):
         name = "exclusive" + bound.capitalize()
-        if isinstance(plain.get(name), bool):
-            is_outside = plain.pop(name)
-            if is_outside and bound in plain:
-                plain[name] = plain.pop(bound)
+        if isinstance(plain.get(name), bool) and plain.pop(name) and bound in plain:
+            plain[name] = plain.pop(bound)
 
 
 def _plain_schema(schema: Mapping[str, Any], *, exact: bool = False) -> JSONObject | None:
@@ -2178,13 +2152,7 @@ def _kind_problem(value: Any, schema: Mapping[str, Any]) -> str:
     return ""
 
 
-_KIND_TYPES: Final[dict[str, type]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "boolean": bool,
-    "integer": int,
-}
+_KIND_TYPES: Final = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
 
 
 def _is_forgiven(error: Any) -> bool:
