@@ -2991,10 +2991,6 @@ def _host(module: str, name: str = "") -> Any:
         raise ImportError(f"cannot import name '{name}' from 'open_webui.{module}'") from None
 
 
-def _host_models() -> Any:
-    return _host("models.models")
-
-
 def _model_row(row: Any) -> ModelRow:
     """A row as the host's own class holds it; what was never set is not there."""
     return ModelRow(
@@ -3002,9 +2998,7 @@ def _model_row(row: Any) -> ModelRow:
         name=row.name,
         meta=row.meta.model_dump(exclude_unset=True),
         params=row.params.model_dump(exclude_unset=True),
-        grants=frozenset(
-            (grant.principal_type, grant.principal_id, grant.permission) for grant in row.access_grants
-        ),
+        grants=frozenset((g.principal_type, g.principal_id, g.permission) for g in row.access_grants),
         is_active=row.is_active,
         is_workspace=bool(row.base_model_id),
     )
@@ -3015,7 +3009,7 @@ def _model_form(row: ModelRow) -> Any:
         {"principal_type": kind, "principal_id": principal, "permission": permission}
         for kind, principal, permission in sorted(row.grants)
     ]
-    return _host_models().ModelForm(
+    return _host("models.models", "ModelForm")(
         id=row.id,
         base_model_id=None,
         name=row.name,
@@ -3037,19 +3031,17 @@ def _badge(letters: str, colour: str) -> str:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:  # it comes with Open WebUI, not with this file
         return ""
-    size = 4 * _BADGE_PIXELS  # drawn large and made small: smooth edges
+    pixels = 64
+    size = 4 * pixels  # drawn large and made small: smooth edges
     picture = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(picture)
     draw.rounded_rectangle((0, 0, size - 1, size - 1), radius=size // 4, fill=colour)
     font = ImageFont.load_default(size=size * (0.62 if len(letters) == 1 else 0.5))
     draw.text((size / 2, size / 2), letters, font=font, fill="white", anchor="mm", stroke_width=size // 90)
-    small = picture.resize((_BADGE_PIXELS, _BADGE_PIXELS), Image.Resampling.LANCZOS)
+    small = picture.resize((pixels, pixels), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     small.quantize(32).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-_BADGE_PIXELS: Final = 64
 
 
 async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_s: float = _HOST_CALL_S) -> T:
@@ -3064,7 +3056,6 @@ async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_
 
 async def _saved_cost(chat_id: str) -> float:
     chat_message = _host("models.chat_messages", "ChatMessage")
-
     async with _host("internal.db", "get_async_db_context")() as session:
         usages = await session.scalars(sa.select(chat_message.usage).where(chat_message.chat_id == chat_id))
         costs = [_mapping(usage).get("cost") for usage in usages]
@@ -3073,16 +3064,13 @@ async def _saved_cost(chat_id: str) -> float:
 
 async def _known_chats(chat_ids: Sequence[str]) -> set[str]:
     chat = _host("models.chats", "Chat")
-
     async with _host("internal.db", "get_async_db_context")() as session:
         return set(await session.scalars(sa.select(chat.id).where(chat.id.in_(chat_ids))))
 
 
 async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int) -> MediaBlob:
-    file_id = _host_file_id(address) or address
-    row = await _host_answer(
-        _readable_file(file_id, user_id), None, "a file could not be looked up", _STORAGE_S
-    )
+    looking = _readable_file(_host_file_id(address) or address, user_id)
+    row = await _host_answer(looking, None, "a file could not be looked up", _STORAGE_S)
     if row is None:
         raise InputError("There is no such file, or it is not yours")
     size = _mapping(row.meta).get("size")
@@ -3107,12 +3095,8 @@ async def _readable_file(file_id: str, user_id: str) -> Any:
     if row is None or row.user_id == user_id:
         return row
     user = await _host("models.users", "Users").get_user_by_id(user_id)
-    return (
-        row
-        if user is not None
-        and await _host("utils.access_control.files", "has_access_to_file")(file_id, "read", user)
-        else None
-    )
+    may_read = _host("utils.access_control.files", "has_access_to_file")
+    return row if user is not None and await may_read(file_id, "read", user) else None
 
 
 def _check_size(size: float, most_bytes: int) -> None:
@@ -3137,9 +3121,8 @@ def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
 async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
     tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
     plain_name = re.sub(r"[^\w.-]+", "_", blob.name).encode()[-80:].decode(errors="ignore")
-    _, path = await asyncio.to_thread(
-        _host("storage.provider", "Storage").upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
-    )
+    upload = _host("storage.provider", "Storage").upload_file
+    _, path = await asyncio.to_thread(upload, io.BytesIO(content), f"{file_id}_{plain_name}", tags)
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
     form = _host("models.files", "FileForm")(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
     row = await _host("models.files", "Files").insert_new_file(request.user_id, form)
@@ -3151,14 +3134,11 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
 async def _link_file(file_id: str, request: ChatRequest) -> None:
     """Let whoever may read the chat or channel have a file of it."""
     if request.chat_id.startswith("channel:"):
-        channel_id = request.chat_id.removeprefix("channel:")
-        await _host("models.channels", "Channels").add_file_to_channel_by_id(
-            channel_id, file_id, request.user_id
-        )
+        channel_id, channels = request.chat_id.removeprefix("channel:"), _host("models.channels", "Channels")
+        await channels.add_file_to_channel_by_id(channel_id, file_id, request.user_id)
     elif _is_kept_chat(request.chat_id):
-        await _host("models.chats", "Chats").insert_chat_files(
-            request.chat_id, request.message_id, [file_id], request.user_id
-        )
+        link = _host("models.chats", "Chats").insert_chat_files
+        await link(request.chat_id, request.message_id, [file_id], request.user_id)
 
 
 async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
@@ -3199,10 +3179,8 @@ def _run_to_its_end(run: Callable[..., Any], arguments: JSONObject) -> Any:
 
 def _plain_result(call: ToolCall, result: Any) -> ToolResult:
     """A result as text, where no host is there to read it."""
-    if result is None:
-        return ToolResult(call, _NO_OUTPUT)
-    if isinstance(result, str):
-        return ToolResult(call, result)
+    if result is None or isinstance(result, str):
+        return ToolResult(call, _NO_OUTPUT if result is None else result)
     failed = bool(_mapping(result).get("error"))
     return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str), failed)
 
@@ -3235,7 +3213,7 @@ async def _processed_result(
             images.append(url)
         if not url.startswith("data:"):
             displayed.append(dict(file))
-    sources = _tool_sources(middleware, call, tool, arguments, text, metadata)
+    sources = _tool_sources(middleware, call, _text(tool.get("tool_id")), arguments, text, metadata)
     failed = bool(_host("utils.middleware", "_is_tool_result_error")(text))
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
 
@@ -3247,13 +3225,7 @@ async def _stored_picture(middleware: Any, host: HostCall, metadata: JSONObject,
 
 
 # 0.12 names them in CITATION_TOOL_NAMES
-_CITED_TOOLS: Final = (
-    "fetch_url",
-    "view_file",
-    "view_knowledge_file",
-    "query_knowledge_files",
-    "query_chat_files",
-)
+_CITED: Final = ("fetch_url", "view_file", "view_knowledge_file", "query_knowledge_files", "query_chat_files")
 
 
 def _model_meta(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -3262,25 +3234,16 @@ def _model_meta(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tool_sources(
-    middleware: Any,
-    call: ToolCall,
-    tool: Mapping[str, Any],
-    arguments: JSONObject,
-    text: str,
-    metadata: Mapping[str, Any],
+    middleware: Any, call: ToolCall, tool_id: str, arguments: JSONObject, text: str, metadata: JSONObject
 ) -> tuple[JSONObject, ...]:
     """The sources that a result names, where the host shows those."""
     may_cite = _mapping(_model_meta(metadata).get("capabilities")).get("citations") is not False
-    if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED_TOOLS):
+    if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED):
         return ()
     found = middleware.get_citation_source_from_tool_result(
-        tool_name=call.name, tool_params=arguments, tool_result=text, tool_id=_text(tool.get("tool_id"))
+        tool_name=call.name, tool_params=arguments, tool_result=text, tool_id=tool_id
     )
     return tuple(dict(source) for source in _objects(found))
-
-
-def _forwards_identity() -> bool:
-    return getattr(_host("env"), "ENABLE_FORWARD_USER_INFO_HEADERS", False)
 
 
 async def _function_digest(function_id: str) -> str:
@@ -3291,10 +3254,8 @@ async def _function_digest(function_id: str) -> str:
 
 async def _identity_headers(request: ChatRequest) -> dict[str, str]:
     include_user_info_headers = _host("utils.headers", "include_user_info_headers")
-
-    user = types.SimpleNamespace(
-        **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
-    )
+    person = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
+    user = types.SimpleNamespace(**person)
     try:
         headers = include_user_info_headers({}, user, request=request.host.request)
     except TypeError:  # older ones do not ask for the request
@@ -3316,9 +3277,6 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
 # Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
 
 
-_OUR_FOLDER: Final = "openrouter_responses_pipe"
-
-
 class OpenWebUIHost:
     """What is asked of the host. Without a host (terminal) every answer is neutral."""
 
@@ -3328,28 +3286,26 @@ class OpenWebUIHost:
     def data_folder(self) -> Path | None:
         """Where files of ours may lie; no other program reads them."""
         with contextlib.suppress(ImportError):
-            return None if self.version is None else Path(_host("env", "DATA_DIR")) / _OUR_FOLDER
+            if self.version is not None:
+                return Path(_host("env", "DATA_DIR")) / "openrouter_responses_pipe"
         return None
 
     def database(self) -> Database | None:
         """The database that the host keeps everything in; None without a host."""
         if self.version is None:
             return None
-        async_engine = _host("internal.db", "async_engine")
-
-        return None if async_engine is None else Database(async_engine, _host("env", "DATABASE_SCHEMA"))
+        engine = _host("internal.db", "async_engine")
+        return None if engine is None else Database(engine, _host("env", "DATABASE_SCHEMA"))
 
     def redis(self) -> tuple[Any, str] | None:
         """(a client of the host's Redis that speaks bytes, the prefix of its keys); None if it has none."""
         if self.version is None:
             return None
-        env = _host("env")
-        sentinels = _host("utils.redis", "get_sentinels_from_env")(
-            env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT
-        )
+        env, redis = _host("env"), _host("utils.redis")
+        sentinels = redis.get_sentinels_from_env(env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT)
         if not env.REDIS_URL and not sentinels:
             return None
-        client = _host("utils.redis", "get_redis_connection")(
+        client = redis.get_redis_connection(
             env.REDIS_URL, sentinels, env.REDIS_CLUSTER, async_mode=True, decode_responses=False
         )
         return client, env.REDIS_KEY_PREFIX
@@ -3369,9 +3325,7 @@ class OpenWebUIHost:
 
     def meter(self) -> Any:
         """OpenTelemetry's meter, where the server exports metrics by it; else None."""
-        if self.version is None:
-            return None
-        if not getattr(_host("env"), "ENABLE_OTEL_METRICS", False):
+        if self.version is None or not getattr(_host("env"), "ENABLE_OTEL_METRICS", False):
             return None
         from opentelemetry import metrics  # pyright: ignore[reportMissingImports]  # it comes with Open WebUI
 
@@ -3391,21 +3345,20 @@ class OpenWebUIHost:
             yield True
             return
         with lock:
-            try:
+            is_ours = False
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-            else:
-                yield True
+                is_ours = True
+            yield is_ours
 
     async def model_rows(self, prefix: str) -> list[ModelRow]:
         """What the host keeps of the models whose id begins with `prefix`."""
-        rows = await _host_models().Models.get_base_models()
+        rows = await _host("models.models", "Models").get_base_models()
         return [_model_row(row) for row in rows if row.id.startswith(prefix)]
 
     async def model_row(self, row_id: str) -> ModelRow | None:
         """What the host keeps of one model."""
-        row = await _host_models().Models.get_model_by_id(row_id)
+        row = await _host("models.models", "Models").get_model_by_id(row_id)
         return None if row is None else _model_row(row)
 
     async def insert_model_row(self, row: ModelRow) -> bool:
@@ -3417,7 +3370,7 @@ class OpenWebUIHost:
         owner = await _host("models.users", "Users").get_super_admin_user()
         if owner is None:
             return False
-        return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
+        return bool(await _host("models.models", "Models").insert_new_model(_model_form(row), owner.id))
 
     async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
         """Write a row anew.
@@ -3427,10 +3380,9 @@ class OpenWebUIHost:
         """
         form = _model_form(row)
         if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
-            await _host("models.access_grants", "AccessGrants").set_access_grants(
-                "model", row.id, form.access_grants
-            )
-        return bool(await _host_models().Models.update_model_by_id(row.id, form))
+            grants = _host("models.access_grants", "AccessGrants")
+            await grants.set_access_grants("model", row.id, form.access_grants)
+        return bool(await _host("models.models", "Models").update_model_by_id(row.id, form))
 
     async def delete_model_row(self, row_id: str) -> bool:
         """Remove a row with its grants.
@@ -3438,7 +3390,7 @@ class OpenWebUIHost:
         Raises:
             Exception: whatever the host's database says.
         """
-        return bool(await _host_models().Models.delete_model_by_id(row_id))
+        return bool(await _host("models.models", "Models").delete_model_by_id(row_id))
 
     async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
         """What administrators have set as parameters of these models, the first before the others, or of all.
@@ -3448,7 +3400,7 @@ class OpenWebUIHost:
         """
         sets: list[Any] = []
         for model_id in dict.fromkeys(filter(None, model_ids)):
-            row = await _host_models().Models.get_model_by_id(model_id)
+            row = await _host("models.models", "Models").get_model_by_id(model_id)
             owner = await _host("models.users", "Users").get_user_by_id(row.user_id) if row else None
             if owner is not None and owner.role == "admin":
                 sets.append(row.params.model_dump(exclude_unset=True))
@@ -3469,9 +3421,8 @@ class OpenWebUIHost:
         async def check() -> bool:
             user = await _host("models.users", "Users").get_user_by_id(user_id)
             if user is not None:
-                await _host("utils.models", "check_model_access")(
-                    user, {"id": model_id}
-                )  # says no with a bare Exception
+                # says no with a bare Exception
+                await _host("utils.models", "check_model_access")(user, {"id": model_id})
             return user is not None
 
         return await _host_answer(check(), False, f"{model_id} is not for everybody")
@@ -3504,8 +3455,7 @@ class OpenWebUIHost:
         """The list of files with names and kinds in it; programs name files by their ids alone."""
         if self.version is None or all(_is_described(file) for file in files.files):
             return files
-        described = [await self._described(file, user_id) for file in files.files]
-        return files._replace(files=tuple(described))
+        return files._replace(files=tuple([await self._described(file, user_id) for file in files.files]))
 
     async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
         if _is_described(file):
@@ -3526,7 +3476,8 @@ class OpenWebUIHost:
 
     async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
         """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
-        if self.version is None or not request.user_id or not _forwards_identity():
+        is_known = self.version is not None and request.user_id
+        if not is_known or not getattr(_host("env"), "ENABLE_FORWARD_USER_INFO_HEADERS", False):
             return {}
         headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
