@@ -3603,8 +3603,7 @@ class _Outage(NamedTuple):
     @property
     def ends_at(self) -> float:
         """When the catalog may be asked for again."""
-        wait_s = _CATALOG_RETRY_S * 2 ** min(self.times - 1, 10)
-        return self.failed_at + min(wait_s, _CATALOG_LONGEST_RETRY_S)
+        return self.failed_at + min(_CATALOG_RETRY_S * 2 ** min(self.times - 1, 10), _CATALOG_LONGEST_RETRY_S)
 
 
 # Entries of the catalog (reference §11)
@@ -3648,11 +3647,10 @@ def _reasoning_spec(value: Any, parameters: frozenset[str]) -> ReasoningSpec | N
     if not isinstance(value, Mapping):
         return ReasoningSpec() if "reasoning" in parameters else None
     listed = value.get("supported_efforts", ())
-    efforts = tuple(map(str, listed)) if isinstance(listed, list | tuple) else None
     return ReasoningSpec(
         mandatory=value.get("mandatory") is True,
         by_default=value.get("default_enabled") is True,
-        efforts=efforts,
+        efforts=tuple(map(str, listed)) if isinstance(listed, list | tuple) else None,
         default_effort=_text(value.get("default_effort")),
         takes_budget=value.get("supports_max_tokens") is True,
     )
@@ -3660,46 +3658,32 @@ def _reasoning_spec(value: Any, parameters: frozenset[str]) -> ReasoningSpec | N
 
 def _prices(pricing: Mapping[str, Any], *, is_for_text: bool = True) -> Mapping[str, float]:
     """The prices that somebody knows; a model that only makes pictures has its own elsewhere, and 0 here."""
-    known = {name: price for name, text in pricing.items() if (price := _price(text)) is not None}
+    # Texts in US dollars; routers have -1, which says nothing.
+    known = {name: price for name, text in pricing.items() if 0 <= (price := _as_float(text)) < 1e300}
     known.pop("discount", None)
     if not is_for_text and not known.get("prompt") and not known.get("completion"):
         known = {name: price for name, price in known.items() if name not in ("prompt", "completion")}
     return known
 
 
-def _price(value: Any) -> float | None:
-    """US dollars, given as a string; None for none, and for the -1 of routers."""
-    try:
-        price = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return price if _is_number(price) and price >= 0 else None
-
-
 def _price_override(entry: Mapping[str, Any]) -> PriceOverride:
     start, end = entry.get("utc_start"), entry.get("utc_end")
     hours = (int(start), int(end)) if _is_number(start) and _is_number(end) else None
-    prices = {name: text for name, text in entry.items() if name not in _OVERRIDE_CONDITIONS}
+    conditions = ("min_prompt_tokens", "utc_start", "utc_end")
+    prices = {name: text for name, text in entry.items() if name not in conditions}
     return PriceOverride(_prices(prices), _count(entry.get("min_prompt_tokens")), hours)
-
-
-_OVERRIDE_CONDITIONS: Final = frozenset({"min_prompt_tokens", "utc_start", "utc_end"})
 
 
 def _read_models(entries: Any, zdr: frozenset[str] | None) -> dict[str, ModelSpec]:
     """The models of a list that write text or pictures, by id; `zdr`: the ids that keep nothing."""
     specs = [spec for spec in map(_model_spec, _objects(entries)) if spec is not None]
     usable = {spec.id: spec for spec in specs if spec.writes_text or spec.writes_images}
-    return usable if zdr is None else _with_zdr(usable, zdr)
-
-
-def _with_zdr(models: Mapping[str, ModelSpec], zdr: frozenset[str]) -> dict[str, ModelSpec]:
-    """The models marked. A variant such as `:free` has other providers, but the dated id of its model."""
-    marked = {}
-    for spec in models.values():
-        ids = (spec.id,) if ":" in spec.id else (spec.id, spec.canonical, spec.alias_of)
-        marked[spec.id] = spec._replace(zdr=not zdr.isdisjoint(ids))
-    return marked
+    if zdr is not None:
+        for spec in usable.values():
+            # A variant such as `:free` has other providers, but the dated id of its model.
+            ids = (spec.id,) if ":" in spec.id else (spec.id, spec.canonical, spec.alias_of)
+            usable[spec.id] = spec._replace(zdr=not zdr.isdisjoint(ids))
+    return usable
 
 
 # Ids
@@ -3714,12 +3698,9 @@ def _parse_model_id(model_id: str) -> ModelRef:
     base, _, preset = model_id.partition("@preset/")
     parts = base.split(":")
     kept = len(parts)
-    while kept > 1 and parts[kept - 1] in _ROUTING_SHORTCUTS:
+    while kept > 1 and parts[kept - 1] in ("nitro", "floor", "exacto", "online"):
         kept -= 1
     return ModelRef(model_id, ":".join(parts[:kept]), tuple(parts[kept:]), preset)
-
-
-_ROUTING_SHORTCUTS: Final = frozenset({"nitro", "floor", "exacto", "online"})
 
 
 def _spec_of(models: Mapping[str, ModelSpec], ref: ModelRef) -> ModelSpec | None:
@@ -3796,8 +3777,7 @@ def _fit_effort(effort: str, how: ReasoningSpec) -> JSONObject:
     ranks = [_EFFORTS.index(option) for option in options if option in _EFFORTS[1:]]
     if not ranks:
         return {}
-    rank = _EFFORTS.index(effort)
-    nearest = max((other for other in ranks if other <= rank), default=min(ranks))
+    nearest = max((rank for rank in ranks if rank <= _EFFORTS.index(effort)), default=min(ranks))
     return {"effort": _EFFORTS[nearest]}
 
 
@@ -3922,7 +3902,8 @@ class OpenRouterModelRegistry:
         catalog = self._catalogs.get(key) or await self._restored(key)
         if catalog is not None and self._clock() - catalog.fetched_at < choice.refresh_s:
             return catalog.models
-        loading = self._loading.get((key, digest)) or self._start_loading(key, digest, connection)
+        asked = (key, digest)
+        loading = self._loading.get(asked) or self._start_loading(asked, connection)
         if catalog is None and loading is not None:
             # Counted from its start: who comes later to a request that hangs does not wait anew.
             wait_s = loading.started_at + _CATALOG_WAIT_S - self._clock()
@@ -3930,17 +3911,16 @@ class OpenRouterModelRegistry:
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
-        outage = self._outages.get((key, digest))
+        outage = self._outages.get(asked)
         raise outage.error if outage is not None else StreamError(_NO_LIST, template="catalog")
 
     async def get(
         self, connection: Connection, model_id: str, choice: CatalogChoice = _PLAIN_CHOICE
     ) -> ModelSpec:
         """What is known of a model; one that takes everything where the catalog does not have it."""
-        try:
+        models: dict[str, ModelSpec] = {}
+        with contextlib.suppress(PipeError):
             models = await self.ensure_loaded(connection, choice)
-        except PipeError:
-            models = {}
         return _pick_model(models, model_id)
 
     def fit(self, payload: JSONObject, spec: ModelSpec) -> JSONObject:
@@ -3980,23 +3960,21 @@ class OpenRouterModelRegistry:
             age_s = max(0.0, self._now() - fetched_at)
             self._catalogs[key] = _Catalog(models, self._clock() - age_s, _text(copy.get("etag")))
 
-    def _start_loading(self, key: _CatalogKey, digest: str, connection: Connection) -> _Loading | None:
-        asked = (key, digest)
+    def _start_loading(self, asked: tuple[_CatalogKey, str], connection: Connection) -> _Loading | None:
         outage = self._outages.get(asked)
         if outage is not None and self._clock() < outage.ends_at:
             return None
         task = asyncio.get_running_loop().create_task(
-            self._load(key, digest, connection), name="model list", context=_nobodys_context()
+            self._load(asked, connection), name="model list", context=_nobodys_context()
         )
         self._loading[asked] = _Loading(task, self._clock())
         task.add_done_callback(lambda _: self._loading.pop(asked, None))
         return self._loading[asked]
 
-    async def _load(self, key: _CatalogKey, digest: str, connection: Connection) -> None:
-        asked = (key, digest)
+    async def _load(self, asked: tuple[_CatalogKey, str], connection: Connection) -> None:
         try:
             async with asyncio.timeout(_CATALOG_TIMEOUT_S):
-                await self._renew(key, connection)
+                await self._renew(asked[0], connection)
         except (PipeError, TimeoutError) as exc:
             error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
             outage = self._outages.get(asked)
@@ -4010,20 +3988,14 @@ class OpenRouterModelRegistry:
         _drop_oldest(self._outages, _MAX_CATALOGS)
 
     async def _renew(self, key: _CatalogKey, connection: Connection) -> None:
-        """Fetch the list; one that says the same as the old one leaves its models the same objects.
-
-        Raises:
-            PipeError: it could not be had, or names no model that could answer.
-        """
+        """Fetch the list, else raise PipeError; one that says the same leaves its models the same objects."""
         _, path, with_zdr, _ = key
         old = self._catalogs.get(key)
         # A list that is marked is always fetched whole: its copy must hold the marks of today.
         answer = await self._fetch(connection, path, old.etag if old and not with_zdr else "")
-        zdr = _zdr_ids((await self._fetch(connection, _ZDR_PATH, "")).content) if with_zdr else None
-        if answer.content is None and old is not None:
-            models = old.models
-        else:
-            models = _read_models(_mapping(answer.content).get("data"), zdr)
+        zdr = _zdr_ids((await self._fetch(connection, "/endpoints/zdr", "")).content) if with_zdr else None
+        listed = _mapping(answer.content).get("data")
+        models = old.models if old and answer.content is None else _read_models(listed, zdr)
         if not models:
             raise OpenRouterAPIError("OpenRouter's model list is empty", template="catalog", retryable=True)
         if old is not None and models == old.models:
@@ -4051,9 +4023,6 @@ class OpenRouterModelRegistry:
         task.add_done_callback(self._keeping.discard)
 
 
-_ZDR_PATH: Final = "/endpoints/zdr"
-
-
 def _zdr_ids(answer: Any) -> frozenset[str]:
     """The ids of the models that an endpoint without data retention serves (reference §1).
 
@@ -4062,11 +4031,8 @@ def _zdr_ids(answer: Any) -> frozenset[str]:
     """
     ids = frozenset(_text(entry.get("model_id")) for entry in _objects(_mapping(answer).get("data"))) - {""}
     if not ids:
-        raise OpenRouterAPIError(
-            "OpenRouter's list of providers without data retention is empty",
-            template="catalog",
-            retryable=True,
-        )
+        problem = "OpenRouter's list of providers without data retention is empty"
+        raise OpenRouterAPIError(problem, template="catalog", retryable=True)
     return ids
 
 
@@ -4112,9 +4078,7 @@ class AccountReader:
         asked_at, balance = self._kept.get(digest, (-math.inf, Balance()))
         if self._clock() - asked_at < _BALANCE_S:
             return balance
-        key, credits = await asyncio.gather(
-            self._data(connection, "/key"), self._data(connection, "/credits")
-        )
+        key, credits = await asyncio.gather(*(self._data(connection, path) for path in ("/key", "/credits")))
         bought, used = credits.get("total_credits"), credits.get("total_usage")
         balance = Balance(
             key_left=_amount(key.get("limit_remaining")),
@@ -4163,11 +4127,10 @@ def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
     """Whether it does not go away soon."""
     if not valves.HIDE_EXPIRING_DAYS:
         return True
-    try:
+    with contextlib.suppress(ValueError):
         left = date.fromisoformat(spec.expires[:10]) - date.fromisoformat(today)
-    except ValueError:
-        return True
-    return left.days > valves.HIDE_EXPIRING_DAYS
+        return left.days > valves.HIDE_EXPIRING_DAYS
+    return True
 
 
 _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
@@ -4183,12 +4146,11 @@ _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
     _is_cheap_enough,
     _stays,
 )
-_UNKNOWN_LAST: Final = math.inf
 # order -> what a model is placed by; equal ones stand by name
 MODEL_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
     "name": lambda spec: 0,
     "newest": lambda spec: -spec.created,
-    "price": lambda spec: _UNKNOWN_LAST if spec.price_out is None else spec.price_out,
+    "price": lambda spec: math.inf if spec.price_out is None else spec.price_out,
     "context": lambda spec: -(spec.context_length or 0),
 }
 
@@ -4200,11 +4162,7 @@ def in_order(models: Iterable[ModelSpec], order: str) -> list[ModelSpec]:
 
 
 def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[ModelSpec]:
-    """The models of Open WebUI's menu, as the valves choose, order and name them.
-
-    Raises:
-        ConfigurationError: no model is left.
-    """
+    """The models of the menu, as the valves choose, order and name them, else ConfigurationError."""
     shown = [spec for spec in models.values() if all(stays(spec, valves, today) for stays in _MENU_FILTERS)]
     shown += _extra_models(models, valves.VARIANT_MODELS, {spec.id for spec in shown})
     if not shown:
@@ -4245,13 +4203,8 @@ def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
 
 def _menu_name(spec: ModelSpec, template: str) -> str:
     """`template` filled in; the plain name where nothing is left of it."""
-    fields = {
-        "name": spec.name,
-        "id": spec.id,
-        "vendor": spec.vendor,
-        "price": format_price(spec),
-        "context": format_tokens(spec.context_length),
-    }
+    fields = {"name": spec.name, "id": spec.id, "vendor": spec.vendor}
+    fields |= {"price": format_price(spec), "context": format_tokens(spec.context_length)}
     title = _fill_template(template, fields)
     if not all(text for field, text in fields.items() if "{" + field + "}" in template):
         title = _EMPTY_BRACKETS_RE.sub("", title).strip(_SEPARATORS)  # of what nobody knows
