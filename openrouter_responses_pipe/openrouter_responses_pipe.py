@@ -4380,11 +4380,8 @@ class _Record(NamedTuple):
     def of(cls, row: ModelRow) -> _Record:
         """What the row says of us; nothing where it was never ours, or says something else."""
         record = _mapping(row.meta.get(_RECORD))
-        return cls(
-            record.get("created") is True,
-            _mapping(record.get("wrote")),
-            frozenset(_strings(record.get("theirs"))),
-        )
+        theirs = frozenset(_strings(record.get("theirs")))
+        return cls(record.get("created") is True, _mapping(record.get("wrote")), theirs)
 
     def dump(self) -> JSONObject:
         """The record as JSON."""
@@ -4407,9 +4404,8 @@ def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> M
         if field in wrote and wrote.pop(field) != _mark(current) and current != wanted.get(field):
             theirs.add(field)
             continue
-        if field not in record.wrote and (
-            not _is_unset(current) or (field == "access" and not record.created)
-        ):
+        is_theirs = not _is_unset(current) or (field == "access" and not record.created)
+        if is_theirs and field not in record.wrote:
             continue
         row = _with_field(row, field, wanted.get(field))
         if field in wanted:
@@ -4425,11 +4421,8 @@ def _differing_rows(rows: Mapping[str, ModelRow], fields: Mapping[str, JSONObjec
     """The rows that have to be written, each with what it shall say; those of models no longer shown too."""
     nothing: JSONObject = {}
     wanted = {row_id: nothing for row_id, row in rows.items() if _RECORD in row.meta} | {**fields}
-    return {
-        row_id: say
-        for row_id, say in wanted.items()
-        if _plan_row(rows.get(row_id), row_id, say) != rows.get(row_id)
-    }
+    pairs = ((row_id, rows.get(row_id), say) for row_id, say in wanted.items())
+    return {row_id: say for row_id, row, say in pairs if _plan_row(row, row_id, say) != row}
 
 
 def _field(row: ModelRow, field: str) -> Any:
