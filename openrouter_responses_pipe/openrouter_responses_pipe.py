@@ -1412,10 +1412,7 @@ def _as_status(code: Any) -> int | None:
 
 
 def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
-    """Turn an error answer of any shape of reference §10.1 into one error.
-
-    `now` is seconds since the epoch, for `Retry-After` given as a date.
-    """
+    """Turn an error answer of any shape of reference §10.1 into one error; `now` in seconds of the epoch."""
     decoded: Any = None
     with contextlib.suppress(ValueError):
         decoded = content.decode()
@@ -1424,10 +1421,9 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
         decoded = next(iter(_objects(decoded)), {})
     body = _mapping(decoded)
     error = _error_object(body.get("error"))
-    metadata = _mapping(error.get("metadata") or body.get("metadata"))
     if status < 400:  # a late failure leaves with HTTP 200
         status = _as_status(error.get("code")) or status
-    refusal = _Refusal(error or body, metadata, headers)
+    refusal = _Refusal(error or body, _mapping(error.get("metadata") or body.get("metadata")), headers)
     words = refusal.words() or ("" if body else _words_in(decoded))
     template = _STATUS_TEMPLATES.get(status, "provider")
     if not body and template == "provider":
@@ -1759,15 +1755,10 @@ def _web_address(url: str, allowed_hosts: frozenset[str] = frozenset()) -> _WebA
 
 
 def _literal_address(host: str) -> str:
-    """The IP address that a host is, else "".
-
-    Raises:
-        ValueError: some readers would take it for an address: `127.1`, `0x7f000001`, `2130706433`.
-    """
+    """The IP address that a host is, else ""; ValueError for what only some readers take for one: `127.1`."""
     if host.startswith("["):
         return str(ipaddress.IPv6Address(host[1:-1]))
-    is_number = _NUMBER_RE.fullmatch(host.rpartition(".")[2])
-    return str(ipaddress.IPv4Address(host)) if is_number else ""
+    return str(ipaddress.IPv4Address(host)) if _NUMBER_RE.fullmatch(host.rpartition(".")[2]) else ""
 
 
 def _is_safe_url(url: str, addresses: Iterable[str], allowed_hosts: frozenset[str] = frozenset()) -> str:
@@ -1849,8 +1840,7 @@ def _sniffed(content: bytes) -> str:
     for beginning, mime in _SIGNATURES.items():
         if re.match(beginning, head, re.DOTALL):
             return mime
-    is_markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
-    if is_markup and (tag := _MARKUP_RE.search(head)):
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<") and (tag := _MARKUP_RE.search(head)):
         return "image/svg+xml" if tag[1].lower() == b"svg" else "text/html"
     try:
         content.decode()
@@ -1860,10 +1850,8 @@ def _sniffed(content: bytes) -> str:
 
 
 def _data_url(pieces: Iterable[bytes | memoryview], mime: str) -> str:
-    """A data URL of pieces, each but the last of a multiple of 3 bytes.
-
-    In pieces, because base64 lets no other thread run meanwhile: 50 MB at once would be felt by everybody.
-    """
+    """A data URL of pieces, each but the last of a multiple of 3 bytes."""
+    # In pieces, because base64 lets no other thread run meanwhile: 50 MB at once would be felt by everybody.
     return "".join([f"data:{mime};base64,", *(base64.b64encode(piece).decode() for piece in pieces)])
 
 
@@ -1907,8 +1895,7 @@ def _name_of(address: str) -> str:
         return ""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
-        name = re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]
-        return _shown_name(name) or parts.hostname or ""
+        return _shown_name(re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]) or parts.hostname or ""
     return ""
 
 
@@ -1977,16 +1964,13 @@ class _SchemaReader:
             return self.plain(self._merged(part))
         said = _SAID_STRICTLY if self._exact else _CHECKED
         plain = {key: value for key, value in part.items() if key in said}
-        self._take_kinds(plain)
-        _take_bounds(plain)
-        self._take_inner(plain, part)
-        return _nullable(plain) if part.get("nullable") is True else plain
-
-    def _take_kinds(self, plain: JSONObject) -> None:
         if not all(isinstance(kind, str) and kind in _KINDS for kind in _kinds_of(plain)) and "type" in plain:
             if self._exact:
                 raise _NotPlainError
             del plain["type"]
+        _take_bounds(plain)
+        self._take_inner(plain, part)
+        return _nullable(plain) if part.get("nullable") is True else plain
 
     def _take_inner(self, plain: JSONObject, part: Mapping[str, Any]) -> None:
         """The schemas within a schema."""
