@@ -2963,11 +2963,7 @@ def _update_limits(valves: Valves) -> tuple[int, float]:
 
 
 def _host(module: str, name: str = "") -> Any:
-    """`from open_webui.<module> import <name>`, or the module, when it is needed.
-
-    Raises:
-        ImportError: this version of the host does not have it.
-    """
+    """`from open_webui.<module> import <name>`, or the module, when it is needed; else ImportError."""
     found = importlib.import_module(f"open_webui.{module}")
     try:
         return getattr(found, name) if name else found
@@ -2989,10 +2985,8 @@ def _model_row(row: Any) -> ModelRow:
 
 
 def _model_form(row: ModelRow) -> Any:
-    grants = [
-        {"principal_type": kind, "principal_id": principal, "permission": permission}
-        for kind, principal, permission in sorted(row.grants)
-    ]
+    names = ("principal_type", "principal_id", "permission")
+    grants = [dict(zip(names, grant, strict=True)) for grant in sorted(row.grants)]
     return _host("models.models", "ModelForm")(
         id=row.id,
         base_model_id=None,
@@ -3007,10 +3001,7 @@ def _model_form(row: ModelRow) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _badge(letters: str, colour: str) -> str:
-    """A square with letters on a colour (`#rrggbb`) as a data URL; nothing where no picture can be made.
-
-    PNG, because Open WebUI takes no SVG: it could hold a script.
-    """
+    """A square with letters on a colour (`#rrggbb`) as a data URL; nothing where no picture can be made."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:  # it comes with Open WebUI, not with this file
@@ -3022,9 +3013,8 @@ def _badge(letters: str, colour: str) -> str:
     draw.rounded_rectangle((0, 0, size - 1, size - 1), radius=size // 4, fill=colour)
     font = ImageFont.load_default(size=size * (0.62 if len(letters) == 1 else 0.5))
     draw.text((size / 2, size / 2), letters, font=font, fill="white", anchor="mm", stroke_width=size // 90)
-    small = picture.resize((pixels, pixels), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.quantize(32).save(file, "PNG", optimize=True)
+    file = io.BytesIO()  # a PNG, because Open WebUI takes no SVG: it could hold a script
+    picture.resize((pixels, pixels), Image.Resampling.LANCZOS).quantize(32).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
 
 
@@ -3186,12 +3176,13 @@ async def _processed_result(
     text = _NO_OUTPUT if text is None else str(text)
     if host.event_emitter is not None:
         await middleware.terminal_event_handler(call.name, arguments, text, host.event_emitter)
+    store = getattr(middleware, "store_tool_result_image", None)  # where the host keeps pictures as files
     images: list[str] = []
     displayed: list[Any] = []
     for file in _objects(files):
         url = _text(file.get("url"))
-        if file.get("type") == "image" and url.startswith("data:"):
-            url = await _stored_picture(middleware, host, metadata, url, user)
+        if store is not None and file.get("type") == "image" and url.startswith("data:"):
+            url = await store(host.request, url, metadata, user)
             file = {**file, "url": url}
         if file.get("type") == "image" and url:
             images.append(url)
@@ -3200,12 +3191,6 @@ async def _processed_result(
     sources = _tool_sources(middleware, call, _text(tool.get("tool_id")), arguments, text, metadata)
     failed = bool(_host("utils.middleware", "_is_tool_result_error")(text))
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
-
-
-async def _stored_picture(middleware: Any, host: HostCall, metadata: JSONObject, url: str, user: Any) -> str:
-    """The address of a picture kept as a file; the picture itself where the host keeps none."""
-    store = getattr(middleware, "store_tool_result_image", None)
-    return url if store is None else await store(host.request, url, metadata, user)
 
 
 # 0.12 names them in CITATION_TOOL_NAMES
@@ -3352,9 +3337,8 @@ class OpenWebUIHost:
             Exception: whatever the host's database says.
         """
         owner = await _host("models.users", "Users").get_super_admin_user()
-        if owner is None:
-            return False
-        return bool(await _host("models.models", "Models").insert_new_model(_model_form(row), owner.id))
+        insert = _host("models.models", "Models").insert_new_model
+        return owner is not None and bool(await insert(_model_form(row), owner.id))
 
     async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
         """Write a row anew.
