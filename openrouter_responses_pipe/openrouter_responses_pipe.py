@@ -3674,21 +3674,15 @@ def _parse_model_id(model_id: str) -> ModelRef:
 def _spec_of(models: Mapping[str, ModelSpec], ref: ModelRef) -> ModelSpec | None:
     """What the catalog says of a reference, under its own id; a variant that it lacks is as its base."""
     plain = ref.base.partition(":")[0]
-    known = models.get(ref.id) or models.get(ref.base) or models.get(plain) or _dated(models, plain)
+    known = models.get(ref.id) or models.get(ref.base) or models.get(plain)
+    if known is None:  # perhaps it is a permanent slug; the variants of its model have the same
+        dated = [spec for spec in models.values() if plain and spec.canonical == plain]
+        known = min(dated, key=lambda spec: len(spec.id), default=None)
     return None if known is None else known._replace(id=ref.id)
 
 
-def _dated(models: Mapping[str, ModelSpec], slug: str) -> ModelSpec | None:
-    """The model whose permanent slug this is; its variants have the same."""
-    found = [spec for spec in models.values() if slug and spec.canonical == slug]
-    return min(found, key=lambda spec: len(spec.id), default=None)
-
-
 def _pick_model(models: Mapping[str, ModelSpec], model_id: str) -> ModelSpec:
-    """The model that an id means; what the catalog does not have takes everything.
-
-    Then nothing is left out, and OpenRouter says what it cannot take.
-    """
+    """The model that an id means; one that the catalog lacks takes all; OpenRouter says what it cannot."""
     spec = models.get(model_id) or _spec_of(models, _parse_model_id(model_id))
     return spec or ModelSpec(
         model_id,
@@ -3725,13 +3719,12 @@ def _fit_reasoning(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     if "effort" not in wanted:
         return ()
     effort = wanted["effort"]
-    rest = {name: value for name, value in wanted.items() if name != "effort"}
     fitted = _fit_effort(effort, how)
     if fitted == {"enabled": False}:
         payload["reasoning"] = fitted
         payload.pop("include", None)
         return ()
-    payload["reasoning"] = rest | fitted
+    payload["reasoning"] = {name: value for name, value in wanted.items() if name != "effort"} | fitted
     return () if fitted.get("effort") == effort else (f"reasoning effort {effort}",)
 
 
@@ -3921,8 +3914,7 @@ class OpenRouterModelRegistry:
 
     async def _restore(self, key: _CatalogKey) -> None:
         copy = await asyncio.to_thread(self._copies.load, _copy_name(key))
-        zdr = frozenset(_strings(copy.get("zdr"))) if key[2] else None
-        models = _read_models(copy.get("data"), zdr)
+        models = _read_models(copy.get("data"), frozenset(_strings(copy.get("zdr"))) if key[2] else None)
         fetched_at = copy.get("fetched_at")
         if models and key not in self._catalogs and _is_number(fetched_at):
             age_s = max(0.0, self._now() - fetched_at)
@@ -3992,13 +3984,9 @@ class OpenRouterModelRegistry:
 
 
 def _zdr_ids(answer: Any) -> frozenset[str]:
-    """The ids of the models that an endpoint without data retention serves (reference §1).
-
-    Raises:
-        OpenRouterAPIError: the list names none; then every model would vanish without a word.
-    """
+    """The ids of the models that an endpoint without data retention serves (reference §1)."""
     ids = frozenset(_text(entry.get("model_id")) for entry in _objects(_mapping(answer).get("data"))) - {""}
-    if not ids:
+    if not ids:  # every model would vanish without a word
         problem = "OpenRouter's list of providers without data retention is empty"
         raise OpenRouterAPIError(problem, template="catalog", retryable=True)
     return ids
@@ -4084,13 +4072,6 @@ def _fits_choice(has: bool, choice: str) -> bool:
     return choice == "all" or has == (choice == "only")
 
 
-def _is_cheap_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
-    """A price that nobody knows, as that of a router, is not below any limit."""
-    if not valves.MAX_PRICE:
-        return True
-    return spec.price_out is not None and spec.price_out * 1e6 <= valves.MAX_PRICE * (1 + 1e-9)
-
-
 def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
     """Whether it does not go away soon."""
     if not valves.HIDE_EXPIRING_DAYS:
@@ -4111,7 +4092,10 @@ _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
     lambda spec, valves, today: _fits_choice(spec.takes_tools, valves.TOOL_CALLING_FILTER),
     lambda spec, valves, today: spec.zdr or not valves.ZDR_MODELS_ONLY,
     lambda spec, valves, today: (spec.context_length or 0) >= valves.MIN_CONTEXT,
-    _is_cheap_enough,
+    lambda spec, valves, today: (  # a price that nobody knows, as that of a router, is not below any limit
+        not valves.MAX_PRICE
+        or (spec.price_out is not None and spec.price_out * 1e6 <= valves.MAX_PRICE * (1 + 1e-9))
+    ),
     _stays,
 )
 # order -> what a model is placed by; equal ones stand by name
