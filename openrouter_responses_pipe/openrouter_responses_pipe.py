@@ -125,12 +125,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 from sqlalchemy.schema import CreateColumn, CreateIndex, CreateTable
-from tenacity import (
-    AsyncRetrying,
-    RetryCallState,
-    retry_if_exception,
-    stop_after_attempt,
-)
+from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
 
 # What may be missing
 try:
@@ -228,9 +223,7 @@ _URL_RE: Final = re.compile(  # letters by name: with IGNORECASE, [a-z] also mat
     r"(?::([0-9]{1,5}))?(?:[/?#].*)?"
 )
 _NUMBER_RE: Final = re.compile(r"[0-9]+|0x[0-9a-f]*")  # a last label that makes a host an IPv4 address
-_MARKUP_RE: Final = re.compile(
-    rb"<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b", re.IGNORECASE
-)
+_MARKUP_RE: Final = re.compile(rb"(?i)<(?:\w+:)?(svg|html|head|body|script|iframe|!doctype\s+html)\b")
 # ![alt](address "title"), what a page shows as a picture; possessive, so that no text takes long to search
 _MARKDOWN_IMAGE_RE: Final = re.compile(
     r"!\[((?:[^\[\]\n]++|\[[^\[\]\n]*+\])*+)\]\(\s{0,9}+<?((?:[^\s()<>]++|\([^\s()<>]*+\))++)>?"
@@ -238,8 +231,7 @@ _MARKDOWN_IMAGE_RE: Final = re.compile(
 )
 _DATA_ADDRESS_RE: Final = re.compile(r"(\]\(\s{0,9}+<?)data:[^\s()<>]*+")
 _TEXT_NAME_RE: Final = re.compile(
-    r".*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)",
-    re.IGNORECASE | re.DOTALL,
+    r"(?is).*\.(?:txt|md|csv|tsv|json|jsonl|xml|ya?ml|toml|sql|log|ini|cfg|conf|py|js|ts|html?|css|sh|tex|srt)"
 )
 _HOST_FILE_RE: Final = re.compile(
     r"/api/v1/files/([\w-]{1,64})(?:/content(?:/[^?#]{0,255})?)?(?:[?#].{0,999})?"
@@ -286,16 +278,11 @@ _REPLAYED_TOOLS: Final = ("openrouter:advisor",)
 _RUNTIMES_KEY: Final = "_openrouter_responses_pipe_runtimes"
 _SETUP_MODEL_ID: Final = "setup"
 
-
 _fast_loads: Final[Callable[[bytes | str], Any]] = orjson.loads if orjson is not None else json.loads
 
 
 def _json_loads(data: bytes | str) -> Any:
-    """Decode JSON. Lone surrogates, which orjson refuses, are kept as they are.
-
-    Raises:
-        ValueError: the text is not JSON.
-    """
+    """Decode JSON, else raise ValueError. Lone surrogates, which orjson refuses, are kept as they are."""
     try:
         return _fast_loads(data)
     except ValueError:
@@ -310,11 +297,7 @@ def _slow_loads(data: bytes | str) -> Any:
 
 
 def _json_dumps(value: Any) -> bytes:
-    """Encode `value` as UTF-8 JSON; a lone surrogate leaves as U+FFFD.
-
-    Raises:
-        TypeError: a value that JSON does not know.
-    """
+    """Encode as UTF-8 JSON, else raise TypeError; a lone surrogate leaves as U+FFFD."""
     if orjson is not None:
         with contextlib.suppress(TypeError, ValueError):
             return orjson.dumps(value)
@@ -330,10 +313,8 @@ def _whole_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        pass
-    else:
-        return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    return text
 
 
 # ── 2. Typed shapes ──────────────────────────────────────────────────────────
@@ -447,9 +428,6 @@ class PriceOverride(NamedTuple):
     hours: tuple[int, int] | None = None
 
 
-_NO_PRICES: Final[Mapping[str, float]] = types.MappingProxyType({})
-
-
 class ModelSpec(NamedTuple):
     """What the catalog says of one model; None where it does not say.
 
@@ -464,7 +442,7 @@ class ModelSpec(NamedTuple):
     output_modalities: frozenset[str] = frozenset({"text"})
     supported_parameters: frozenset[str] = frozenset()
     reasoning: ReasoningSpec | None = None
-    prices: Mapping[str, float] = _NO_PRICES
+    prices: Mapping[str, float] = types.MappingProxyType({})
     overrides: tuple[PriceOverride, ...] = ()
     max_output: int | None = None
     created: int = 0
@@ -1018,24 +996,10 @@ class Failed(NamedTuple):
     log: str = ""
 
 
-Emission = (
-    TextDelta
-    | RefusalDelta
-    | ReasoningDelta
-    | ItemClosed
-    | StatusUpdate
-    | CitationFound
-    | Notice
-    | ToolRequested
-    | ToolStarted
-    | ToolFinished
-    | ServerToolProgress
-    | MediaProduced
-    | UsageReported
-    | TurnEnded
-    | CarrierReady
-    | Failed
-)
+_SaidByTheModel = TextDelta | RefusalDelta | ReasoningDelta | ItemClosed | CitationFound | MediaProduced
+_ToolEmission = ToolRequested | ToolStarted | ToolFinished | ServerToolProgress
+_CallEmission = StatusUpdate | Notice | UsageReported | CarrierReady | TurnEnded | Failed
+Emission = _SaidByTheModel | _ToolEmission | _CallEmission
 Sink = Callable[[Sequence[Emission]], Awaitable[None]]
 
 
@@ -1065,7 +1029,6 @@ _NOTHING_TO_AWAIT: Final = _NothingToAwait()
 # │  └─ _RetryableHTTPStatusError   the same, and trying again may help
 # ├─ StreamError                the stream was malformed, cut or failed
 # └─ StorageError               what was kept cannot be read
-
 
 _UPDATED: Final = "This function has just been updated. Please send the message again"
 
@@ -1125,13 +1088,9 @@ class InputError(PipeError):
 class UnsafeURLError(InputError):
     """The chat names an address that is not fetched: it leads inward, or could be read to."""
 
-    template = "input"
-
 
 class PayloadTooLargeError(InputError):
     """The chat holds or names a file above its limit."""
-
-    template = "input"
 
 
 class OpenRouterAPIError(PipeError):
@@ -1209,7 +1168,6 @@ _EMPTY_WORDS: Final = (
     *("user not found", "request timed out", "rate limit exceeded"),
 )
 
-
 # what an administrator may word anew -> the rows that it covers
 _TEMPLATE_CLASSES: Final[dict[str, str]] = {
     **dict.fromkeys(("refused", "unknown_model", "too_long", "too_large", "not_found"), "provider"),
@@ -1240,8 +1198,7 @@ def render_error(error: PipeError, page: ErrorPage = _PLAIN_PAGE) -> str:
     title, advice = _ADVICE.get(error.template, _ADVICE["internal"])
     message = _provider_sentence(error.detail, bool(title))
     wait_s = error.retry_after or 0.0
-    said = any(phrase in message.lower() for phrase in ("try again", "retry"))
-    if said and "try again" in advice:
+    if "try again" in advice and any(phrase in message.lower() for phrase in ("try again", "retry")):
         advice = ""
     if wait_s > 1 and not re.search(rf"\b{round(wait_s)}\b", message):
         advice = f"Please try again in {_in_words(wait_s)}."
@@ -1305,9 +1262,8 @@ _ERROR_TYPES: Final[dict[str, tuple[str, bool]]] = {
     **dict.fromkeys(("server", "unmapped"), ("server", True)),
     "rate_limit_exceeded": ("rate_limit", True),
     "timeout": ("timeout", True),
-    **dict.fromkeys(
-        ("permission_denied", "invalid_request", "invalid_prompt", "unprocessable"), ("refused", False)
-    ),
+    **dict.fromkeys(("permission_denied", "invalid_request", "invalid_prompt"), ("refused", False)),
+    "unprocessable": ("refused", False),
     "authentication": ("authentication", False),
     "context_length_exceeded": ("too_long", False),
     "payload_too_large": ("too_large", False),
@@ -1338,6 +1294,14 @@ def _is_number(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and -1e300 < value < 1e300
 
 
+def _as_float(value: Any) -> float:
+    """A number, also one in a string; NaN for anything else."""
+    try:
+        return float(value)
+    except (TypeError, ValueError, OverflowError):
+        return math.nan
+
+
 def _error_object(value: Any) -> Mapping[str, Any]:
     """The `error` of an answer: an object, or only its words."""
     return {"message": value} if isinstance(value, str) else _mapping(value)
@@ -1366,8 +1330,7 @@ def _words_in(value: Any, depth: int = 6) -> str:
     if text[:1] in ("{", "[", '"'):
         with contextlib.suppress(ValueError):
             return _words_in(_json_loads(text), depth - 1)
-    is_markup = text.startswith(("<", "data:", "event:"))
-    return "" if is_markup or _CODE_WORD_RE.fullmatch(text) else text
+    return "" if text.startswith(("<", "data:", "event:")) or _CODE_WORD_RE.fullmatch(text) else text
 
 
 class _Refusal(NamedTuple):
@@ -1419,37 +1382,27 @@ class _Refusal(NamedTuple):
 
     def wait_s(self, template: str, now: float) -> float | None:
         """Seconds to wait before another try; None when nobody says."""
-        beside = {
-            str(name).lower(): str(text) for name, text in _mapping(self.metadata.get("headers")).items()
-        }
+        others = _mapping(self.metadata.get("headers"))
+        beside = {str(name).lower(): str(text) for name, text in others.items()}
 
         def header(name: str) -> str:
             return str(self.headers.get(name) or beside.get(name.lower()) or "")
 
         seconds = _retry_after_s(header("Retry-After") or self.availability.get("retry_after"), now)
         if seconds is None and template == "daily_limit":
-            return _reset_s(header("X-RateLimit-Reset"), now)
+            left = _as_float(header("X-RateLimit-Reset")) / 1000 - now  # of the epoch, in milliseconds
+            return left if 0 < left < 7 * 24 * 3600 else None
         return seconds
 
 
 def _retry_after_s(value: Any, now: float) -> float | None:
     """Seconds to wait, given as a number or an HTTP date; None for anything else."""
     text = str(value or "").strip()
-    seconds = math.nan
-    with contextlib.suppress(ValueError):
-        seconds = parsedate_to_datetime(text).timestamp() - now if text else math.nan
-    with contextlib.suppress(ValueError):
-        seconds = float(text)
+    seconds = _as_float(text)
+    if text and math.isnan(seconds):
+        with contextlib.suppress(ValueError):
+            seconds = parsedate_to_datetime(text).timestamp() - now
     return max(0.0, seconds) if math.isfinite(seconds) else None
-
-
-def _reset_s(milliseconds: str, now: float) -> float | None:
-    """Seconds until a limit begins anew, given in milliseconds of the epoch."""
-    try:
-        seconds = float(milliseconds) / 1000 - now
-    except ValueError:
-        return None
-    return seconds if 0 < seconds < 7 * 24 * 3600 else None
 
 
 def _as_status(code: Any) -> int | None:
@@ -1460,10 +1413,7 @@ def _as_status(code: Any) -> int | None:
 
 
 def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
-    """Turn an error answer of any shape of reference §10.1 into one error.
-
-    `now` is seconds since the epoch, for `Retry-After` given as a date.
-    """
+    """Turn an error answer of any shape of reference §10.1 into one error; `now` in seconds of the epoch."""
     decoded: Any = None
     with contextlib.suppress(ValueError):
         decoded = content.decode()
@@ -1472,10 +1422,9 @@ def _api_error(status: int, headers: Mapping[str, str], content: bytes, now: flo
         decoded = next(iter(_objects(decoded)), {})
     body = _mapping(decoded)
     error = _error_object(body.get("error"))
-    metadata = _mapping(error.get("metadata") or body.get("metadata"))
     if status < 400:  # a late failure leaves with HTTP 200
         status = _as_status(error.get("code")) or status
-    refusal = _Refusal(error or body, metadata, headers)
+    refusal = _Refusal(error or body, _mapping(error.get("metadata") or body.get("metadata")), headers)
     words = refusal.words() or ("" if body else _words_in(decoded))
     template = _STATUS_TEMPLATES.get(status, "provider")
     if not body and template == "provider":
@@ -1532,8 +1481,7 @@ class EncryptedStr(str):
         """Seal `value` with `secret`. Already sealed, empty, or without a secret: kept as it is."""
         if not value or not secret or value.startswith(_ENCRYPTED_PREFIX):
             return cls(value)
-        token = Fernet(_fernet_key(secret)).encrypt(value.encode()).decode()
-        return cls(_ENCRYPTED_PREFIX + token)
+        return cls(_ENCRYPTED_PREFIX + Fernet(_fernet_key(secret)).encrypt(value.encode()).decode())
 
     def decrypt(self, secret: str) -> str:
         """The plain text.
@@ -1643,10 +1591,8 @@ def _new_ulid(now: float) -> str:
     if ULID is not None:
         return str(ULID.from_timestamp(now))
     number = int(now * 1000) % 2**48 << 80 | secrets.randbits(80)
-    return "".join(_CROCKFORD[number >> shift & 31] for shift in range(125, -1, -5))
-
-
-_CROCKFORD: Final = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    crockford = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
+    return "".join(crockford[number >> shift & 31] for shift in range(125, -1, -5))
 
 
 def _header_value(text: str) -> str:
@@ -1731,11 +1677,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _pipe_id(module_name: str, model: str = "") -> str:
-    """The id of the function that holds this code.
-
-    The host names the module `function_<id>` or `function_<id>_<32 hex>`; elsewhere the part of
-    `model` before the first dot serves.
-    """
+    """The id of the function of this code: the host names the module by it, else `model` begins with it."""
     match = _MODULE_NAME_RE.fullmatch(module_name)
     return match["id"] if match else model.split(".", 1)[0] or module_name
 
@@ -1819,15 +1761,10 @@ def _web_address(url: str, allowed_hosts: frozenset[str] = frozenset()) -> _WebA
 
 
 def _literal_address(host: str) -> str:
-    """The IP address that a host is, else "".
-
-    Raises:
-        ValueError: some readers would take it for an address: `127.1`, `0x7f000001`, `2130706433`.
-    """
+    """The IP address that a host is, else ""; ValueError for what only some readers take for one: `127.1`."""
     if host.startswith("["):
         return str(ipaddress.IPv6Address(host[1:-1]))
-    is_number = _NUMBER_RE.fullmatch(host.rpartition(".")[2])
-    return str(ipaddress.IPv4Address(host)) if is_number else ""
+    return str(ipaddress.IPv4Address(host)) if _NUMBER_RE.fullmatch(host.rpartition(".")[2]) else ""
 
 
 def _is_safe_url(url: str, addresses: Iterable[str], allowed_hosts: frozenset[str] = frozenset()) -> str:
@@ -1859,12 +1796,7 @@ def _base64_bytes(data: str, start: int = 0) -> int:
 
 
 def _validate_base64_size(data: str, max_bytes: int) -> int:
-    """The number of bytes that `data`, base64 of the standard alphabet in one line, decodes to.
-
-    Raises:
-        PayloadTooLargeError: more than `max_bytes`.
-        InputError: it is no base64.
-    """
+    """How many bytes base64 in one line decodes to; InputError if it is damaged, or above `max_bytes`."""
     size = _base64_bytes(data)
     if size > max_bytes:
         raise PayloadTooLargeError(f"A file in it is larger than {_megabytes(max_bytes)}, which is the limit")
@@ -1914,8 +1846,7 @@ def _sniffed(content: bytes) -> str:
     for beginning, mime in _SIGNATURES.items():
         if re.match(beginning, head, re.DOTALL):
             return mime
-    is_markup = head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<")
-    if is_markup and (tag := _MARKUP_RE.search(head)):
+    if head.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"<") and (tag := _MARKUP_RE.search(head)):
         return "image/svg+xml" if tag[1].lower() == b"svg" else "text/html"
     try:
         content.decode()
@@ -1925,10 +1856,8 @@ def _sniffed(content: bytes) -> str:
 
 
 def _data_url(pieces: Iterable[bytes | memoryview], mime: str) -> str:
-    """A data URL of pieces, each but the last of a multiple of 3 bytes.
-
-    In pieces, because base64 lets no other thread run meanwhile: 50 MB at once would be felt by everybody.
-    """
+    """A data URL of pieces, each but the last of a multiple of 3 bytes."""
+    # In pieces, because base64 lets no other thread run meanwhile: 50 MB at once would be felt by everybody.
     return "".join([f"data:{mime};base64,", *(base64.b64encode(piece).decode() for piece in pieces)])
 
 
@@ -1972,15 +1901,13 @@ def _name_of(address: str) -> str:
         return ""
     with contextlib.suppress(ValueError):
         parts = urlsplit(address)
-        name = re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]
-        return _shown_name(name) or parts.hostname or ""
+        return _shown_name(re.split(r"[/\\]", unquote(parts.path.rstrip("/")))[-1]) or parts.hostname or ""
     return ""
 
 
 def _shown_name(name: str) -> str:
     """A name that somebody gave to a file, fit for one line: nothing in it that cannot be seen."""
-    plain = "".join(letter for letter in " ".join(name.split()) if letter.isprintable())
-    return plain[:80]
+    return "".join(letter for letter in " ".join(name.split()) if letter.isprintable())[:80]
 
 
 def _host_file_id(address: str, webui_url: str = "") -> str:
@@ -1990,7 +1917,6 @@ def _host_file_id(address: str, webui_url: str = "") -> str:
 
 
 # Schemas of arguments
-
 
 # what says something about a value, as OpenAI's strict mode knows it
 _SAID_STRICTLY: Final = frozenset(
@@ -2006,12 +1932,7 @@ _STRICT_KEYWORDS: Final = _SAID_STRICTLY | {
     *("examples", "example", "deprecated", "readOnly", "writeOnly"),
 }
 # what arguments are checked against: no patterns, which may take for ever
-_CHECKED: Final = (_SAID_STRICTLY - {"pattern"}) | {
-    "minLength",
-    "maxLength",
-    "minProperties",
-    "maxProperties",
-}
+_CHECKED: Final = _SAID_STRICTLY - {"pattern"} | {"minLength", "maxLength", "minProperties", "maxProperties"}
 _KINDS: Final = frozenset({"object", "array", "string", "number", "integer", "boolean", "null"})
 _MOST_PARTS: Final = 2_000
 _DEEPEST_PART: Final = 64
@@ -2034,11 +1955,7 @@ class _SchemaReader:
         self._depth = 0
 
     def plain(self, part: Any) -> JSONObject:
-        """`part` written out.
-
-        Raises:
-            _NotPlainError: it leads nowhere, has no end, or contradicts itself.
-        """
+        """`part` written out; _NotPlainError if it leads nowhere, has no end, or contradicts itself."""
         if not isinstance(part, Mapping):
             if self._exact or part is not True:
                 raise _NotPlainError
@@ -2053,17 +1970,13 @@ class _SchemaReader:
             return self.plain(self._merged(part))
         said = _SAID_STRICTLY if self._exact else _CHECKED
         plain = {key: value for key, value in part.items() if key in said}
-        self._take_kinds(plain)
-        _take_bounds(plain)
-        self._take_inner(plain, part)
-        return _nullable(plain) if part.get("nullable") is True else plain
-
-    def _take_kinds(self, plain: JSONObject) -> None:
-        kinds = _kinds_of(plain)
-        if "type" in plain and not all(isinstance(kind, str) and kind in _KINDS for kind in kinds):
+        if not all(isinstance(kind, str) and kind in _KINDS for kind in _kinds_of(plain)) and "type" in plain:
             if self._exact:
                 raise _NotPlainError
             del plain["type"]
+        _take_bounds(plain)
+        self._take_inner(plain, part)
+        return _nullable(plain) if part.get("nullable") is True else plain
 
     def _take_inner(self, plain: JSONObject, part: Mapping[str, Any]) -> None:
         """The schemas within a schema."""
@@ -2126,10 +2039,8 @@ def _take_bounds(plain: JSONObject) -> None:
     """OpenAPI 3.0 says of a bound by true or false whether it is itself meant."""
     for bound in ("minimum", "maximum"):
         name = "exclusive" + bound.capitalize()
-        if isinstance(plain.get(name), bool):
-            is_outside = plain.pop(name)
-            if is_outside and bound in plain:
-                plain[name] = plain.pop(bound)
+        if isinstance(plain.get(name), bool) and plain.pop(name) and bound in plain:
+            plain[name] = plain.pop(bound)
 
 
 def _plain_schema(schema: Mapping[str, Any], *, exact: bool = False) -> JSONObject | None:
@@ -2231,13 +2142,7 @@ def _kind_problem(value: Any, schema: Mapping[str, Any]) -> str:
     return ""
 
 
-_KIND_TYPES: Final[dict[str, type]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "boolean": bool,
-    "integer": int,
-}
+_KIND_TYPES: Final = {"object": dict, "array": list, "string": str, "boolean": bool, "integer": int}
 
 
 def _is_forgiven(error: Any) -> bool:
@@ -3065,20 +2970,12 @@ def _update_limits(valves: Valves) -> tuple[int, float]:
 
 
 def _host(module: str, name: str = "") -> Any:
-    """`from open_webui.<module> import <name>`, or the module, when it is needed.
-
-    Raises:
-        ImportError: this version of the host does not have it.
-    """
+    """`from open_webui.<module> import <name>`, or the module, when it is needed; else ImportError."""
     found = importlib.import_module(f"open_webui.{module}")
     try:
         return getattr(found, name) if name else found
     except AttributeError:
         raise ImportError(f"cannot import name '{name}' from 'open_webui.{module}'") from None
-
-
-def _host_models() -> Any:
-    return _host("models.models")
 
 
 def _model_row(row: Any) -> ModelRow:
@@ -3088,20 +2985,16 @@ def _model_row(row: Any) -> ModelRow:
         name=row.name,
         meta=row.meta.model_dump(exclude_unset=True),
         params=row.params.model_dump(exclude_unset=True),
-        grants=frozenset(
-            (grant.principal_type, grant.principal_id, grant.permission) for grant in row.access_grants
-        ),
+        grants=frozenset((g.principal_type, g.principal_id, g.permission) for g in row.access_grants),
         is_active=row.is_active,
         is_workspace=bool(row.base_model_id),
     )
 
 
 def _model_form(row: ModelRow) -> Any:
-    grants = [
-        {"principal_type": kind, "principal_id": principal, "permission": permission}
-        for kind, principal, permission in sorted(row.grants)
-    ]
-    return _host_models().ModelForm(
+    names = ("principal_type", "principal_id", "permission")
+    grants = [dict(zip(names, grant, strict=True)) for grant in sorted(row.grants)]
+    return _host("models.models", "ModelForm")(
         id=row.id,
         base_model_id=None,
         name=row.name,
@@ -3115,27 +3008,21 @@ def _model_form(row: ModelRow) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _badge(letters: str, colour: str) -> str:
-    """A square with letters on a colour (`#rrggbb`) as a data URL; nothing where no picture can be made.
-
-    PNG, because Open WebUI takes no SVG: it could hold a script.
-    """
+    """A square with letters on a colour (`#rrggbb`) as a data URL; nothing where no picture can be made."""
     try:
         from PIL import Image, ImageDraw, ImageFont
     except ImportError:  # it comes with Open WebUI, not with this file
         return ""
-    size = 4 * _BADGE_PIXELS  # drawn large and made small: smooth edges
+    pixels = 64
+    size = 4 * pixels  # drawn large and made small: smooth edges
     picture = Image.new("RGBA", (size, size))
     draw = ImageDraw.Draw(picture)
     draw.rounded_rectangle((0, 0, size - 1, size - 1), radius=size // 4, fill=colour)
     font = ImageFont.load_default(size=size * (0.62 if len(letters) == 1 else 0.5))
     draw.text((size / 2, size / 2), letters, font=font, fill="white", anchor="mm", stroke_width=size // 90)
-    small = picture.resize((_BADGE_PIXELS, _BADGE_PIXELS), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    small.quantize(32).save(file, "PNG", optimize=True)
+    file = io.BytesIO()  # a PNG, because Open WebUI takes no SVG: it could hold a script
+    picture.resize((pixels, pixels), Image.Resampling.LANCZOS).quantize(32).save(file, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-_BADGE_PIXELS: Final = 64
 
 
 async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_s: float = _HOST_CALL_S) -> T:
@@ -3150,7 +3037,6 @@ async def _host_answer(question: Awaitable[T], fallback: T, words: str, longest_
 
 async def _saved_cost(chat_id: str) -> float:
     chat_message = _host("models.chat_messages", "ChatMessage")
-
     async with _host("internal.db", "get_async_db_context")() as session:
         usages = await session.scalars(sa.select(chat_message.usage).where(chat_message.chat_id == chat_id))
         costs = [_mapping(usage).get("cost") for usage in usages]
@@ -3159,16 +3045,13 @@ async def _saved_cost(chat_id: str) -> float:
 
 async def _known_chats(chat_ids: Sequence[str]) -> set[str]:
     chat = _host("models.chats", "Chat")
-
     async with _host("internal.db", "get_async_db_context")() as session:
         return set(await session.scalars(sa.select(chat.id).where(chat.id.in_(chat_ids))))
 
 
 async def _inline_internal_file_url(address: str, user_id: str, most_bytes: int) -> MediaBlob:
-    file_id = _host_file_id(address) or address
-    row = await _host_answer(
-        _readable_file(file_id, user_id), None, "a file could not be looked up", _STORAGE_S
-    )
+    looking = _readable_file(_host_file_id(address) or address, user_id)
+    row = await _host_answer(looking, None, "a file could not be looked up", _STORAGE_S)
     if row is None:
         raise InputError("There is no such file, or it is not yours")
     size = _mapping(row.meta).get("size")
@@ -3193,12 +3076,8 @@ async def _readable_file(file_id: str, user_id: str) -> Any:
     if row is None or row.user_id == user_id:
         return row
     user = await _host("models.users", "Users").get_user_by_id(user_id)
-    return (
-        row
-        if user is not None
-        and await _host("utils.access_control.files", "has_access_to_file")(file_id, "read", user)
-        else None
-    )
+    may_read = _host("utils.access_control.files", "has_access_to_file")
+    return row if user is not None and await may_read(file_id, "read", user) else None
 
 
 def _check_size(size: float, most_bytes: int) -> None:
@@ -3223,9 +3102,8 @@ def _blob_at(path: str, name: str, most_bytes: int) -> MediaBlob:
 async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: ChatRequest) -> bool:
     tags = {"OpenWebUI-File-Id": file_id, "OpenWebUI-User-Id": request.user_id}
     plain_name = re.sub(r"[^\w.-]+", "_", blob.name).encode()[-80:].decode(errors="ignore")
-    _, path = await asyncio.to_thread(
-        _host("storage.provider", "Storage").upload_file, io.BytesIO(content), f"{file_id}_{plain_name}", tags
-    )
+    upload = _host("storage.provider", "Storage").upload_file
+    _, path = await asyncio.to_thread(upload, io.BytesIO(content), f"{file_id}_{plain_name}", tags)
     meta = {"name": blob.name, "content_type": blob.mime, "size": blob.size}
     form = _host("models.files", "FileForm")(id=file_id, filename=blob.name, path=path, data={}, meta=meta)
     row = await _host("models.files", "Files").insert_new_file(request.user_id, form)
@@ -3237,14 +3115,11 @@ async def _save_file(file_id: str, blob: MediaBlob, content: bytes, request: Cha
 async def _link_file(file_id: str, request: ChatRequest) -> None:
     """Let whoever may read the chat or channel have a file of it."""
     if request.chat_id.startswith("channel:"):
-        channel_id = request.chat_id.removeprefix("channel:")
-        await _host("models.channels", "Channels").add_file_to_channel_by_id(
-            channel_id, file_id, request.user_id
-        )
+        channel_id, channels = request.chat_id.removeprefix("channel:"), _host("models.channels", "Channels")
+        await channels.add_file_to_channel_by_id(channel_id, file_id, request.user_id)
     elif _is_kept_chat(request.chat_id):
-        await _host("models.chats", "Chats").insert_chat_files(
-            request.chat_id, request.message_id, [file_id], request.user_id
-        )
+        link = _host("models.chats", "Chats").insert_chat_files
+        await link(request.chat_id, request.message_id, [file_id], request.user_id)
 
 
 async def _questions(chat_id: str, question_id: str) -> list[tuple[str, frozenset[str]]]:
@@ -3285,10 +3160,8 @@ def _run_to_its_end(run: Callable[..., Any], arguments: JSONObject) -> Any:
 
 def _plain_result(call: ToolCall, result: Any) -> ToolResult:
     """A result as text, where no host is there to read it."""
-    if result is None:
-        return ToolResult(call, _NO_OUTPUT)
-    if isinstance(result, str):
-        return ToolResult(call, result)
+    if result is None or isinstance(result, str):
+        return ToolResult(call, _NO_OUTPUT if result is None else result)
     failed = bool(_mapping(result).get("error"))
     return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str), failed)
 
@@ -3310,36 +3183,25 @@ async def _processed_result(
     text = _NO_OUTPUT if text is None else str(text)
     if host.event_emitter is not None:
         await middleware.terminal_event_handler(call.name, arguments, text, host.event_emitter)
+    store = getattr(middleware, "store_tool_result_image", None)  # where the host keeps pictures as files
     images: list[str] = []
     displayed: list[Any] = []
     for file in _objects(files):
         url = _text(file.get("url"))
-        if file.get("type") == "image" and url.startswith("data:"):
-            url = await _stored_picture(middleware, host, metadata, url, user)
+        if store is not None and file.get("type") == "image" and url.startswith("data:"):
+            url = await store(host.request, url, metadata, user)
             file = {**file, "url": url}
         if file.get("type") == "image" and url:
             images.append(url)
         if not url.startswith("data:"):
             displayed.append(dict(file))
-    sources = _tool_sources(middleware, call, tool, arguments, text, metadata)
+    sources = _tool_sources(middleware, call, _text(tool.get("tool_id")), arguments, text, metadata)
     failed = bool(_host("utils.middleware", "_is_tool_result_error")(text))
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
 
 
-async def _stored_picture(middleware: Any, host: HostCall, metadata: JSONObject, url: str, user: Any) -> str:
-    """The address of a picture kept as a file; the picture itself where the host keeps none."""
-    store = getattr(middleware, "store_tool_result_image", None)
-    return url if store is None else await store(host.request, url, metadata, user)
-
-
 # 0.12 names them in CITATION_TOOL_NAMES
-_CITED_TOOLS: Final = (
-    "fetch_url",
-    "view_file",
-    "view_knowledge_file",
-    "query_knowledge_files",
-    "query_chat_files",
-)
+_CITED: Final = ("fetch_url", "view_file", "view_knowledge_file", "query_knowledge_files", "query_chat_files")
 
 
 def _model_meta(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -3348,25 +3210,16 @@ def _model_meta(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _tool_sources(
-    middleware: Any,
-    call: ToolCall,
-    tool: Mapping[str, Any],
-    arguments: JSONObject,
-    text: str,
-    metadata: Mapping[str, Any],
+    middleware: Any, call: ToolCall, tool_id: str, arguments: JSONObject, text: str, metadata: JSONObject
 ) -> tuple[JSONObject, ...]:
     """The sources that a result names, where the host shows those."""
     may_cite = _mapping(_model_meta(metadata).get("capabilities")).get("citations") is not False
-    if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED_TOOLS):
+    if not may_cite or not text or call.name not in getattr(middleware, "CITATION_TOOL_NAMES", _CITED):
         return ()
     found = middleware.get_citation_source_from_tool_result(
-        tool_name=call.name, tool_params=arguments, tool_result=text, tool_id=_text(tool.get("tool_id"))
+        tool_name=call.name, tool_params=arguments, tool_result=text, tool_id=tool_id
     )
     return tuple(dict(source) for source in _objects(found))
-
-
-def _forwards_identity() -> bool:
-    return getattr(_host("env"), "ENABLE_FORWARD_USER_INFO_HEADERS", False)
 
 
 async def _function_digest(function_id: str) -> str:
@@ -3377,10 +3230,8 @@ async def _function_digest(function_id: str) -> str:
 
 async def _identity_headers(request: ChatRequest) -> dict[str, str]:
     include_user_info_headers = _host("utils.headers", "include_user_info_headers")
-
-    user = types.SimpleNamespace(
-        **{name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
-    )
+    person = {name: _text(request.user.get(name)) for name in ("id", "name", "email", "role")}
+    user = types.SimpleNamespace(**person)
     try:
         headers = include_user_info_headers({}, user, request=request.host.request)
     except TypeError:  # older ones do not ask for the request
@@ -3402,9 +3253,6 @@ async def _as_sse(chunks: AsyncGenerator[JSONObject, None]) -> AsyncGenerator[by
 # Doc: docs/open_webui_compatibility.md   Tests: tests/test_host_seam.py
 
 
-_OUR_FOLDER: Final = "openrouter_responses_pipe"
-
-
 class OpenWebUIHost:
     """What is asked of the host. Without a host (terminal) every answer is neutral."""
 
@@ -3414,30 +3262,26 @@ class OpenWebUIHost:
     def data_folder(self) -> Path | None:
         """Where files of ours may lie; no other program reads them."""
         with contextlib.suppress(ImportError):
-            return None if self.version is None else Path(_host("env", "DATA_DIR")) / _OUR_FOLDER
+            if self.version is not None:
+                return Path(_host("env", "DATA_DIR")) / "openrouter_responses_pipe"
         return None
 
     def database(self) -> Database | None:
         """The database that the host keeps everything in; None without a host."""
         if self.version is None:
             return None
-        async_engine = _host("internal.db", "async_engine")
-
-        return (
-            None if async_engine is None else Database(async_engine, _host("env", "DATABASE_SCHEMA") or None)
-        )
+        engine = _host("internal.db", "async_engine")
+        return None if engine is None else Database(engine, _host("env", "DATABASE_SCHEMA") or None)
 
     def redis(self) -> tuple[Any, str] | None:
         """(a client of the host's Redis that speaks bytes, the prefix of its keys); None if it has none."""
         if self.version is None:
             return None
-        env = _host("env")
-        sentinels = _host("utils.redis", "get_sentinels_from_env")(
-            env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT
-        )
+        env, redis = _host("env"), _host("utils.redis")
+        sentinels = redis.get_sentinels_from_env(env.REDIS_SENTINEL_HOSTS, env.REDIS_SENTINEL_PORT)
         if not env.REDIS_URL and not sentinels:
             return None
-        client = _host("utils.redis", "get_redis_connection")(
+        client = redis.get_redis_connection(
             env.REDIS_URL, sentinels, env.REDIS_CLUSTER, async_mode=True, decode_responses=False
         )
         return client, env.REDIS_KEY_PREFIX
@@ -3457,9 +3301,7 @@ class OpenWebUIHost:
 
     def meter(self) -> Any:
         """OpenTelemetry's meter, where the server exports metrics by it; else None."""
-        if self.version is None:
-            return None
-        if not getattr(_host("env"), "ENABLE_OTEL_METRICS", False):
+        if self.version is None or not getattr(_host("env"), "ENABLE_OTEL_METRICS", False):
             return None
         from opentelemetry import metrics  # pyright: ignore[reportMissingImports]  # it comes with Open WebUI
 
@@ -3479,21 +3321,20 @@ class OpenWebUIHost:
             yield True
             return
         with lock:
-            try:
+            is_ours = False
+            with contextlib.suppress(OSError):
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                yield False
-            else:
-                yield True
+                is_ours = True
+            yield is_ours
 
     async def model_rows(self, prefix: str) -> list[ModelRow]:
         """What the host keeps of the models whose id begins with `prefix`."""
-        rows = await _host_models().Models.get_base_models()
+        rows = await _host("models.models", "Models").get_base_models()
         return [_model_row(row) for row in rows if row.id.startswith(prefix)]
 
     async def model_row(self, row_id: str) -> ModelRow | None:
         """What the host keeps of one model."""
-        row = await _host_models().Models.get_model_by_id(row_id)
+        row = await _host("models.models", "Models").get_model_by_id(row_id)
         return None if row is None else _model_row(row)
 
     async def insert_model_row(self, row: ModelRow) -> bool:
@@ -3503,9 +3344,8 @@ class OpenWebUIHost:
             Exception: whatever the host's database says.
         """
         owner = await _host("models.users", "Users").get_super_admin_user()
-        if owner is None:
-            return False
-        return bool(await _host_models().Models.insert_new_model(_model_form(row), owner.id))
+        insert = _host("models.models", "Models").insert_new_model
+        return owner is not None and bool(await insert(_model_form(row), owner.id))
 
     async def update_model_row(self, row: ModelRow, *, grants_too: bool) -> bool:
         """Write a row anew.
@@ -3515,10 +3355,9 @@ class OpenWebUIHost:
         """
         form = _model_form(row)
         if grants_too:  # 0.12 keeps them apart from the rest, older ones write them twice
-            await _host("models.access_grants", "AccessGrants").set_access_grants(
-                "model", row.id, form.access_grants
-            )
-        return bool(await _host_models().Models.update_model_by_id(row.id, form))
+            grants = _host("models.access_grants", "AccessGrants")
+            await grants.set_access_grants("model", row.id, form.access_grants)
+        return bool(await _host("models.models", "Models").update_model_by_id(row.id, form))
 
     async def delete_model_row(self, row_id: str) -> bool:
         """Remove a row with its grants.
@@ -3526,7 +3365,7 @@ class OpenWebUIHost:
         Raises:
             Exception: whatever the host's database says.
         """
-        return bool(await _host_models().Models.delete_model_by_id(row_id))
+        return bool(await _host("models.models", "Models").delete_model_by_id(row_id))
 
     async def admin_params(self, model_ids: Iterable[str]) -> dict[str, list[Any]]:
         """What administrators have set as parameters of these models, the first before the others, or of all.
@@ -3536,7 +3375,7 @@ class OpenWebUIHost:
         """
         sets: list[Any] = []
         for model_id in dict.fromkeys(filter(None, model_ids)):
-            row = await _host_models().Models.get_model_by_id(model_id)
+            row = await _host("models.models", "Models").get_model_by_id(model_id)
             owner = await _host("models.users", "Users").get_user_by_id(row.user_id) if row else None
             if owner is not None and owner.role == "admin":
                 sets.append(row.params.model_dump(exclude_unset=True))
@@ -3557,9 +3396,8 @@ class OpenWebUIHost:
         async def check() -> bool:
             user = await _host("models.users", "Users").get_user_by_id(user_id)
             if user is not None:
-                await _host("utils.models", "check_model_access")(
-                    user, {"id": model_id}
-                )  # says no with a bare Exception
+                # says no with a bare Exception
+                await _host("utils.models", "check_model_access")(user, {"id": model_id})
             return user is not None
 
         return await _host_answer(check(), False, f"{model_id} is not for everybody")
@@ -3592,8 +3430,7 @@ class OpenWebUIHost:
         """The list of files with names and kinds in it; programs name files by their ids alone."""
         if self.version is None or all(_is_described(file) for file in files.files):
             return files
-        described = [await self._described(file, user_id) for file in files.files]
-        return files._replace(files=tuple(described))
+        return files._replace(files=tuple([await self._described(file, user_id) for file in files.files]))
 
     async def _described(self, file: Mapping[str, Any], user_id: str) -> Mapping[str, Any]:
         if _is_described(file):
@@ -3614,7 +3451,8 @@ class OpenWebUIHost:
 
     async def identity_headers(self, request: ChatRequest) -> dict[str, str]:
         """Who asks, for the upstream, where the server forwards that (ENABLE_FORWARD_USER_INFO_HEADERS)."""
-        if self.version is None or not request.user_id or not _forwards_identity():
+        is_known = self.version is not None and request.user_id
+        if not is_known or not getattr(_host("env"), "ENABLE_FORWARD_USER_INFO_HEADERS", False):
             return {}
         headers = await _host_answer(_identity_headers(request), {}, "who asks could not be said")
         return {name: clean for name, text in headers.items() if (clean := _header_value(text))}
@@ -3740,8 +3578,7 @@ class _Outage(NamedTuple):
     @property
     def ends_at(self) -> float:
         """When the catalog may be asked for again."""
-        wait_s = _CATALOG_RETRY_S * 2 ** min(self.times - 1, 10)
-        return self.failed_at + min(wait_s, _CATALOG_LONGEST_RETRY_S)
+        return self.failed_at + min(_CATALOG_RETRY_S * 2 ** min(self.times - 1, 10), _CATALOG_LONGEST_RETRY_S)
 
 
 # Entries of the catalog (reference §11)
@@ -3785,11 +3622,10 @@ def _reasoning_spec(value: Any, parameters: frozenset[str]) -> ReasoningSpec | N
     if not isinstance(value, Mapping):
         return ReasoningSpec() if "reasoning" in parameters else None
     listed = value.get("supported_efforts", ())
-    efforts = tuple(map(str, listed)) if isinstance(listed, list | tuple) else None
     return ReasoningSpec(
         mandatory=value.get("mandatory") is True,
         by_default=value.get("default_enabled") is True,
-        efforts=efforts,
+        efforts=tuple(map(str, listed)) if isinstance(listed, list | tuple) else None,
         default_effort=_text(value.get("default_effort")),
         takes_budget=value.get("supports_max_tokens") is True,
     )
@@ -3797,46 +3633,32 @@ def _reasoning_spec(value: Any, parameters: frozenset[str]) -> ReasoningSpec | N
 
 def _prices(pricing: Mapping[str, Any], *, is_for_text: bool = True) -> Mapping[str, float]:
     """The prices that somebody knows; a model that only makes pictures has its own elsewhere, and 0 here."""
-    known = {name: price for name, text in pricing.items() if (price := _price(text)) is not None}
+    # Texts in US dollars; routers have -1, which says nothing.
+    known = {name: price for name, text in pricing.items() if 0 <= (price := _as_float(text)) < 1e300}
     known.pop("discount", None)
     if not is_for_text and not known.get("prompt") and not known.get("completion"):
         known = {name: price for name, price in known.items() if name not in ("prompt", "completion")}
     return known
 
 
-def _price(value: Any) -> float | None:
-    """US dollars, given as a string; None for none, and for the -1 of routers."""
-    try:
-        price = float(value)
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return price if _is_number(price) and price >= 0 else None
-
-
 def _price_override(entry: Mapping[str, Any]) -> PriceOverride:
     start, end = entry.get("utc_start"), entry.get("utc_end")
     hours = (int(start), int(end)) if _is_number(start) and _is_number(end) else None
-    prices = {name: text for name, text in entry.items() if name not in _OVERRIDE_CONDITIONS}
+    conditions = ("min_prompt_tokens", "utc_start", "utc_end")
+    prices = {name: text for name, text in entry.items() if name not in conditions}
     return PriceOverride(_prices(prices), _count(entry.get("min_prompt_tokens")), hours)
-
-
-_OVERRIDE_CONDITIONS: Final = frozenset({"min_prompt_tokens", "utc_start", "utc_end"})
 
 
 def _read_models(entries: Any, zdr: frozenset[str] | None) -> dict[str, ModelSpec]:
     """The models of a list that write text or pictures, by id; `zdr`: the ids that keep nothing."""
     specs = [spec for spec in map(_model_spec, _objects(entries)) if spec is not None]
     usable = {spec.id: spec for spec in specs if spec.writes_text or spec.writes_images}
-    return usable if zdr is None else _with_zdr(usable, zdr)
-
-
-def _with_zdr(models: Mapping[str, ModelSpec], zdr: frozenset[str]) -> dict[str, ModelSpec]:
-    """The models marked. A variant such as `:free` has other providers, but the dated id of its model."""
-    marked = {}
-    for spec in models.values():
-        ids = (spec.id,) if ":" in spec.id else (spec.id, spec.canonical, spec.alias_of)
-        marked[spec.id] = spec._replace(zdr=not zdr.isdisjoint(ids))
-    return marked
+    if zdr is not None:
+        for spec in usable.values():
+            # A variant such as `:free` has other providers, but the dated id of its model.
+            ids = (spec.id,) if ":" in spec.id else (spec.id, spec.canonical, spec.alias_of)
+            usable[spec.id] = spec._replace(zdr=not zdr.isdisjoint(ids))
+    return usable
 
 
 # Ids
@@ -3851,32 +3673,23 @@ def _parse_model_id(model_id: str) -> ModelRef:
     base, _, preset = model_id.partition("@preset/")
     parts = base.split(":")
     kept = len(parts)
-    while kept > 1 and parts[kept - 1] in _ROUTING_SHORTCUTS:
+    while kept > 1 and parts[kept - 1] in ("nitro", "floor", "exacto", "online"):
         kept -= 1
     return ModelRef(model_id, ":".join(parts[:kept]), tuple(parts[kept:]), preset)
-
-
-_ROUTING_SHORTCUTS: Final = frozenset({"nitro", "floor", "exacto", "online"})
 
 
 def _spec_of(models: Mapping[str, ModelSpec], ref: ModelRef) -> ModelSpec | None:
     """What the catalog says of a reference, under its own id; a variant that it lacks is as its base."""
     plain = ref.base.partition(":")[0]
-    known = models.get(ref.id) or models.get(ref.base) or models.get(plain) or _dated(models, plain)
+    known = models.get(ref.id) or models.get(ref.base) or models.get(plain)
+    if known is None:  # perhaps it is a permanent slug; the variants of its model have the same
+        dated = [spec for spec in models.values() if plain and spec.canonical == plain]
+        known = min(dated, key=lambda spec: len(spec.id), default=None)
     return None if known is None else known._replace(id=ref.id)
 
 
-def _dated(models: Mapping[str, ModelSpec], slug: str) -> ModelSpec | None:
-    """The model whose permanent slug this is; its variants have the same."""
-    found = [spec for spec in models.values() if slug and spec.canonical == slug]
-    return min(found, key=lambda spec: len(spec.id), default=None)
-
-
 def _pick_model(models: Mapping[str, ModelSpec], model_id: str) -> ModelSpec:
-    """The model that an id means; what the catalog does not have takes everything.
-
-    Then nothing is left out, and OpenRouter says what it cannot take.
-    """
+    """The model that an id means; one that the catalog lacks takes all; OpenRouter says what it cannot."""
     spec = models.get(model_id) or _spec_of(models, _parse_model_id(model_id))
     return spec or ModelSpec(
         model_id,
@@ -3913,13 +3726,12 @@ def _fit_reasoning(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     if "effort" not in wanted:
         return ()
     effort = wanted["effort"]
-    rest = {name: value for name, value in wanted.items() if name != "effort"}
     fitted = _fit_effort(effort, how)
     if fitted == {"enabled": False}:
         payload["reasoning"] = fitted
         payload.pop("include", None)
         return ()
-    payload["reasoning"] = rest | fitted
+    payload["reasoning"] = {name: value for name, value in wanted.items() if name != "effort"} | fitted
     return () if fitted.get("effort") == effort else (f"reasoning effort {effort}",)
 
 
@@ -3933,8 +3745,7 @@ def _fit_effort(effort: str, how: ReasoningSpec) -> JSONObject:
     ranks = [_EFFORTS.index(option) for option in options if option in _EFFORTS[1:]]
     if not ranks:
         return {}
-    rank = _EFFORTS.index(effort)
-    nearest = max((other for other in ranks if other <= rank), default=min(ranks))
+    nearest = max((rank for rank in ranks if rank <= _EFFORTS.index(effort)), default=min(ranks))
     return {"effort": _EFFORTS[nearest]}
 
 
@@ -4059,7 +3870,8 @@ class OpenRouterModelRegistry:
         catalog = self._catalogs.get(key) or await self._restored(key)
         if catalog is not None and self._clock() - catalog.fetched_at < choice.refresh_s:
             return catalog.models
-        loading = self._loading.get((key, digest)) or self._start_loading(key, digest, connection)
+        asked = (key, digest)
+        loading = self._loading.get(asked) or self._start_loading(asked, connection)
         if catalog is None and loading is not None:
             # Counted from its start: who comes later to a request that hangs does not wait anew.
             wait_s = loading.started_at + _CATALOG_WAIT_S - self._clock()
@@ -4067,17 +3879,16 @@ class OpenRouterModelRegistry:
             catalog = self._catalogs.get(key)
         if catalog is not None:
             return catalog.models
-        outage = self._outages.get((key, digest))
+        outage = self._outages.get(asked)
         raise outage.error if outage is not None else StreamError(_NO_LIST, template="catalog")
 
     async def get(
         self, connection: Connection, model_id: str, choice: CatalogChoice = _PLAIN_CHOICE
     ) -> ModelSpec:
         """What is known of a model; one that takes everything where the catalog does not have it."""
-        try:
+        models: dict[str, ModelSpec] = {}
+        with contextlib.suppress(PipeError):
             models = await self.ensure_loaded(connection, choice)
-        except PipeError:
-            models = {}
         return _pick_model(models, model_id)
 
     def fit(self, payload: JSONObject, spec: ModelSpec) -> JSONObject:
@@ -4110,30 +3921,27 @@ class OpenRouterModelRegistry:
 
     async def _restore(self, key: _CatalogKey) -> None:
         copy = await asyncio.to_thread(self._copies.load, _copy_name(key))
-        zdr = frozenset(_strings(copy.get("zdr"))) if key[2] else None
-        models = _read_models(copy.get("data"), zdr)
+        models = _read_models(copy.get("data"), frozenset(_strings(copy.get("zdr"))) if key[2] else None)
         fetched_at = copy.get("fetched_at")
         if models and key not in self._catalogs and _is_number(fetched_at):
             age_s = max(0.0, self._now() - fetched_at)
             self._catalogs[key] = _Catalog(models, self._clock() - age_s, _text(copy.get("etag")))
 
-    def _start_loading(self, key: _CatalogKey, digest: str, connection: Connection) -> _Loading | None:
-        asked = (key, digest)
+    def _start_loading(self, asked: tuple[_CatalogKey, str], connection: Connection) -> _Loading | None:
         outage = self._outages.get(asked)
         if outage is not None and self._clock() < outage.ends_at:
             return None
         task = asyncio.get_running_loop().create_task(
-            self._load(key, digest, connection), name="model list", context=_nobodys_context()
+            self._load(asked, connection), name="model list", context=_nobodys_context()
         )
         self._loading[asked] = _Loading(task, self._clock())
         task.add_done_callback(lambda _: self._loading.pop(asked, None))
         return self._loading[asked]
 
-    async def _load(self, key: _CatalogKey, digest: str, connection: Connection) -> None:
-        asked = (key, digest)
+    async def _load(self, asked: tuple[_CatalogKey, str], connection: Connection) -> None:
         try:
             async with asyncio.timeout(_CATALOG_TIMEOUT_S):
-                await self._renew(key, connection)
+                await self._renew(asked[0], connection)
         except (PipeError, TimeoutError) as exc:
             error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
             outage = self._outages.get(asked)
@@ -4147,20 +3955,14 @@ class OpenRouterModelRegistry:
         _drop_oldest(self._outages, _MAX_CATALOGS)
 
     async def _renew(self, key: _CatalogKey, connection: Connection) -> None:
-        """Fetch the list; one that says the same as the old one leaves its models the same objects.
-
-        Raises:
-            PipeError: it could not be had, or names no model that could answer.
-        """
+        """Fetch the list, else raise PipeError; one that says the same leaves its models the same objects."""
         _, path, with_zdr, _ = key
         old = self._catalogs.get(key)
         # A list that is marked is always fetched whole: its copy must hold the marks of today.
         answer = await self._fetch(connection, path, old.etag if old and not with_zdr else "")
-        zdr = _zdr_ids((await self._fetch(connection, _ZDR_PATH, "")).content) if with_zdr else None
-        if answer.content is None and old is not None:
-            models = old.models
-        else:
-            models = _read_models(_mapping(answer.content).get("data"), zdr)
+        zdr = _zdr_ids((await self._fetch(connection, "/endpoints/zdr", "")).content) if with_zdr else None
+        listed = _mapping(answer.content).get("data")
+        models = old.models if old and answer.content is None else _read_models(listed, zdr)
         if not models:
             raise OpenRouterAPIError("OpenRouter's model list is empty", template="catalog", retryable=True)
         if old is not None and models == old.models:
@@ -4188,22 +3990,12 @@ class OpenRouterModelRegistry:
         task.add_done_callback(self._keeping.discard)
 
 
-_ZDR_PATH: Final = "/endpoints/zdr"
-
-
 def _zdr_ids(answer: Any) -> frozenset[str]:
-    """The ids of the models that an endpoint without data retention serves (reference §1).
-
-    Raises:
-        OpenRouterAPIError: the list names none; then every model would vanish without a word.
-    """
+    """The ids of the models that an endpoint without data retention serves (reference §1)."""
     ids = frozenset(_text(entry.get("model_id")) for entry in _objects(_mapping(answer).get("data"))) - {""}
-    if not ids:
-        raise OpenRouterAPIError(
-            "OpenRouter's list of providers without data retention is empty",
-            template="catalog",
-            retryable=True,
-        )
+    if not ids:  # every model would vanish without a word
+        problem = "OpenRouter's list of providers without data retention is empty"
+        raise OpenRouterAPIError(problem, template="catalog", retryable=True)
     return ids
 
 
@@ -4249,9 +4041,7 @@ class AccountReader:
         asked_at, balance = self._kept.get(digest, (-math.inf, Balance()))
         if self._clock() - asked_at < _BALANCE_S:
             return balance
-        key, credits = await asyncio.gather(
-            self._data(connection, "/key"), self._data(connection, "/credits")
-        )
+        key, credits = await asyncio.gather(*(self._data(connection, path) for path in ("/key", "/credits")))
         bought, used = credits.get("total_credits"), credits.get("total_usage")
         balance = Balance(
             key_left=_amount(key.get("limit_remaining")),
@@ -4289,22 +4079,14 @@ def _fits_choice(has: bool, choice: str) -> bool:
     return choice == "all" or has == (choice == "only")
 
 
-def _is_cheap_enough(spec: ModelSpec, valves: Valves, today: str) -> bool:
-    """A price that nobody knows, as that of a router, is not below any limit."""
-    if not valves.MAX_PRICE:
-        return True
-    return spec.price_out is not None and spec.price_out * 1e6 <= valves.MAX_PRICE * (1 + 1e-9)
-
-
 def _stays(spec: ModelSpec, valves: Valves, today: str) -> bool:
     """Whether it does not go away soon."""
     if not valves.HIDE_EXPIRING_DAYS:
         return True
-    try:
+    with contextlib.suppress(ValueError):
         left = date.fromisoformat(spec.expires[:10]) - date.fromisoformat(today)
-    except ValueError:
-        return True
-    return left.days > valves.HIDE_EXPIRING_DAYS
+        return left.days > valves.HIDE_EXPIRING_DAYS
+    return True
 
 
 _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
@@ -4317,15 +4099,17 @@ _MENU_FILTERS: Final[tuple[_MenuFilter, ...]] = (
     lambda spec, valves, today: _fits_choice(spec.takes_tools, valves.TOOL_CALLING_FILTER),
     lambda spec, valves, today: spec.zdr or not valves.ZDR_MODELS_ONLY,
     lambda spec, valves, today: (spec.context_length or 0) >= valves.MIN_CONTEXT,
-    _is_cheap_enough,
+    lambda spec, valves, today: (  # a price that nobody knows, as that of a router, is not below any limit
+        not valves.MAX_PRICE
+        or (spec.price_out is not None and spec.price_out * 1e6 <= valves.MAX_PRICE * (1 + 1e-9))
+    ),
     _stays,
 )
-_UNKNOWN_LAST: Final = math.inf
 # order -> what a model is placed by; equal ones stand by name
 MODEL_ORDERS: Final[dict[str, Callable[[ModelSpec], float]]] = {
     "name": lambda spec: 0,
     "newest": lambda spec: -spec.created,
-    "price": lambda spec: _UNKNOWN_LAST if spec.price_out is None else spec.price_out,
+    "price": lambda spec: math.inf if spec.price_out is None else spec.price_out,
     "context": lambda spec: -(spec.context_length or 0),
 }
 
@@ -4337,11 +4121,7 @@ def in_order(models: Iterable[ModelSpec], order: str) -> list[ModelSpec]:
 
 
 def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[ModelSpec]:
-    """The models of Open WebUI's menu, as the valves choose, order and name them.
-
-    Raises:
-        ConfigurationError: no model is left.
-    """
+    """The models of the menu, as the valves choose, order and name them, else ConfigurationError."""
     shown = [spec for spec in models.values() if all(stays(spec, valves, today) for stays in _MENU_FILTERS)]
     shown += _extra_models(models, valves.VARIANT_MODELS, {spec.id for spec in shown})
     if not shown:
@@ -4382,13 +4162,8 @@ def _unmatched(models: Mapping[str, ModelSpec], valves: Valves) -> list[str]:
 
 def _menu_name(spec: ModelSpec, template: str) -> str:
     """`template` filled in; the plain name where nothing is left of it."""
-    fields = {
-        "name": spec.name,
-        "id": spec.id,
-        "vendor": spec.vendor,
-        "price": format_price(spec),
-        "context": format_tokens(spec.context_length),
-    }
+    fields = {"name": spec.name, "id": spec.id, "vendor": spec.vendor}
+    fields |= {"price": format_price(spec), "context": format_tokens(spec.context_length)}
     title = _fill_template(template, fields)
     if not all(text for field, text in fields.items() if "{" + field + "}" in template):
         title = _EMPTY_BRACKETS_RE.sub("", title).strip(_SEPARATORS)  # of what nobody knows
@@ -4564,11 +4339,8 @@ class _Record(NamedTuple):
     def of(cls, row: ModelRow) -> _Record:
         """What the row says of us; nothing where it was never ours, or says something else."""
         record = _mapping(row.meta.get(_RECORD))
-        return cls(
-            record.get("created") is True,
-            _mapping(record.get("wrote")),
-            frozenset(_strings(record.get("theirs"))),
-        )
+        theirs = frozenset(_strings(record.get("theirs")))
+        return cls(record.get("created") is True, _mapping(record.get("wrote")), theirs)
 
     def dump(self) -> JSONObject:
         """The record as JSON."""
@@ -4591,9 +4363,8 @@ def _plan_row(row: ModelRow | None, row_id: str, wanted: Mapping[str, Any]) -> M
         if field in wrote and wrote.pop(field) != _mark(current) and current != wanted.get(field):
             theirs.add(field)
             continue
-        if field not in record.wrote and (
-            not _is_unset(current) or (field == "access" and not record.created)
-        ):
+        is_theirs = not _is_unset(current) or (field == "access" and not record.created)
+        if is_theirs and field not in record.wrote:
             continue
         row = _with_field(row, field, wanted.get(field))
         if field in wanted:
@@ -4609,11 +4380,8 @@ def _differing_rows(rows: Mapping[str, ModelRow], fields: Mapping[str, JSONObjec
     """The rows that have to be written, each with what it shall say; those of models no longer shown too."""
     nothing: JSONObject = {}
     wanted = {row_id: nothing for row_id, row in rows.items() if _RECORD in row.meta} | {**fields}
-    return {
-        row_id: say
-        for row_id, say in wanted.items()
-        if _plan_row(rows.get(row_id), row_id, say) != rows.get(row_id)
-    }
+    pairs = ((row_id, rows.get(row_id), say) for row_id, say in wanted.items())
+    return {row_id: say for row_id, row, say in pairs if _plan_row(row, row_id, say) != row}
 
 
 def _field(row: ModelRow, field: str) -> Any:
