@@ -4752,40 +4752,22 @@ _PUBLISH_WAIT_S: Final = 1.0
 
 _PLAIN_SETTINGS: Final = RequestSettings()
 _NOTHING_TAKEN_IN: Final = Intake()
-
-
-# what is left out -> (one of it, several); None: only the log need know
-_LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
-    "picture": ("a picture, because this model cannot see", "{} pictures, because this model cannot see"),
-    "unreadable picture": ("a picture that could not be read", "{} pictures that could not be read"),
-    "file": ("a file that could not be read", "{} files that could not be read"),
-    "large file": ("a file that is too large", "{} files that are too large"),
-    "recording": (
-        "a recording, because this model cannot hear",
-        "{} recordings, because this model cannot hear",
-    ),
-    "recording format": (
-        "a recording that is neither WAV nor MP3",
-        "{} recordings that are neither WAV nor MP3",
-    ),
-    "film": (
-        "a film, because this model cannot watch films",
-        "{} films, because this model cannot watch films",
-    ),
-    "many pictures": (
-        "a picture, because there are too many in this chat",
-        "{} pictures, because there are too many in this chat",
-    ),
+# what is left out -> (one of it, several, how the sentence goes on); None: only the log need know
+_LEFT_OUT: Final[dict[str, tuple[str, str, str] | None]] = {
+    "picture": ("a picture", "{} pictures", ", because this model cannot see"),
+    "unreadable picture": ("a picture", "{} pictures", " that could not be read"),
+    "file": ("a file", "{} files", " that could not be read"),
+    "large file": ("a file that is", "{} files that are", " too large"),
+    "recording": ("a recording", "{} recordings", ", because this model cannot hear"),
+    "recording format": ("a recording that is", "{} recordings that are", " neither WAV nor MP3"),
+    "film": ("a film", "{} films", ", because this model cannot watch films"),
+    "many pictures": ("a picture", "{} pictures", ", because there are too many in this chat"),
     "refused": None,  # each is named
-    "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
-    "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
+    "block": ("a part of a message", "{} parts of messages", " that cannot be sent yet"),
+    "role": ("a message", "{} messages", " of an unknown kind"),
     "tool": None,  # said where it is known whether somebody chose them
-    "second tool of a name": None,
-    "unanswered call": None,
-    "output without call": None,
+    **dict.fromkeys(("second tool of a name", "unanswered call", "output without call"), None),
 }
-
-
 _UNNAMED: Final = {"image": "a picture", "file": "a file", "audio": "a recording", "video": "a film"}
 
 
@@ -4833,7 +4815,7 @@ class _History:
         for what, count in self.left_out.items():
             words = _LEFT_OUT[what]
             if words is not None:
-                sentences.append(f"Not sent to the model: {words[count > 1].format(count)}.")
+                sentences.append(f"Not sent to the model: {words[count > 1].format(count)}{words[2]}.")
         return tuple(sentences)
 
     def unique_call_id(self, call_id: str) -> str:
@@ -4997,9 +4979,7 @@ def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
 _RETAINED_CHARS: Final = 1_000
 
 
-def _extract_system_prompt(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[str, Sequence[Mapping[str, Any]]]:
+def _extract_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
     """(the text of the leading system messages, the messages after them)."""
     texts: list[str] = []
     for position, message in enumerate(messages):
@@ -5031,17 +5011,8 @@ def _plain_text(content: Any) -> str:
 
 
 def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    content = message.get("content")
-    parts: list[JSONObject] = []
-    if isinstance(content, str) and content:
-        parts.append({"type": "input_text", "text": content})
-    for block in content if isinstance(content, list) else []:
-        kind = str(_mapping(block).get("type") or "")
-        convert = _TO_INPUT.get(kind)
-        if convert is None:
-            history.leave_out("block")
-        elif part := convert(_mapping(block), spec, history):
-            parts.append(part)
+    blocks = map(_mapping, _blocks(message.get("content")))
+    parts = [part for block in blocks if (part := _input_part(block, spec, history))]
     if parts:
         if history.shown:
             parts = [{"type": "input_text", "text": _SHOWN_ABOVE}, *history.shown, *parts]
@@ -5241,10 +5212,11 @@ def _said_in(payload: Mapping[str, Any]) -> str:
 def _replayable(payload: Mapping[str, Any]) -> list[JSONObject]:
     """A reasoning item as it may be sent again; none if there is nothing in it that a provider would read."""
     details = _objects(payload.get("reasoning_details"))
-    if details:
-        return _from_chat_details(details)
-    item = _reasoning_item(payload)
-    return [item] if item else []
+    return _from_chat_details(details) if details else _reasoning_items([payload])
+
+
+def _reasoning_items(values: Iterable[Any]) -> list[JSONObject]:
+    return [item for item in map(_reasoning_item, values) if item is not None]
 
 
 def _reasoning_item(value: Any) -> JSONObject | None:
@@ -5254,8 +5226,10 @@ def _reasoning_item(value: Any) -> JSONObject | None:
         for field, part in _mapping(value).items()
         if isinstance(part, _REASONING_FIELDS.get(field, ()))
     }
-    if not all(_is_part(part, kind) for field, kind in _PART_KINDS for part in known.get(field, ())):
-        return None
+    for field, kind in (("summary", "summary_text"), ("content", "reasoning_text")):
+        parts = map(_mapping, known.get(field, ()))
+        if not all(part.get("type") == kind and isinstance(part.get("text"), str) for part in parts):
+            return None
     texts = any(part["text"] for part in known.get("content", ()))
     if not (known.get("encrypted_content") or known.get("signature") or texts):
         return None
@@ -5263,21 +5237,12 @@ def _reasoning_item(value: Any) -> JSONObject | None:
     return {"type": "reasoning", "summary": [], **known}
 
 
-_PART_KINDS: Final = (("summary", "summary_text"), ("content", "reasoning_text"))
-
-
-def _is_part(value: Any, kind: str) -> bool:
-    part = _mapping(value)
-    return part.get("type") == kind and isinstance(part.get("text"), str)
-
-
 def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]:
     """Reasoning items of `reasoning_details`, as `/chat/completions` gives them (reference §13)."""
     items: dict[str, JSONObject] = {}
     named: dict[Any, str] = {}  # the id of what stands at an index
     for detail in details:
-        kind = detail.get("type")
-        row = _DETAIL_KINDS.get(kind) if isinstance(kind, str) else None
+        row = _DETAIL_KINDS.get(_text(detail.get("type")))
         if row is None:
             continue
         index = detail["index"] if isinstance(detail.get("index"), int) else None
@@ -5293,8 +5258,7 @@ def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]
             _add_part(item, field, {"type": part_type, "text": _text(detail.get(key))}, detail)
         else:
             item[field] = _text(detail.get(key))
-    found = (_reasoning_item(item) for item in items.values())
-    return [item for item in found if item is not None]
+    return _reasoning_items(items.values())
 
 
 def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[str, Any]) -> None:
@@ -5319,12 +5283,12 @@ _DETAIL_KINDS: Final[dict[str, tuple[str, str, str]]] = {
 def _to_chat_details(item: Mapping[str, Any]) -> list[JSONObject]:
     """`reasoning_details` of a reasoning item, for `/chat/completions`."""
     named = {field: item[field] for field in ("id", "format") if item.get(field)}
-    details: list[JSONObject] = []
-    for part in item.get("summary", ()):
-        details.append({"type": "reasoning.summary", "summary": part.get("text", ""), **named})
-    for part in item.get("content", ()):
-        signed = {"signature": item["signature"]} if item.get("signature") else {}
-        details.append({"type": "reasoning.text", "text": part.get("text", ""), **signed, **named})
+    signed = {"signature": item["signature"]} if item.get("signature") else {}
+    summary, texts = (
+        [part.get("text", "") for part in item.get(field, ())] for field in ("summary", "content")
+    )
+    details = [{"type": "reasoning.summary", "summary": text, **named} for text in summary]
+    details += [{"type": "reasoning.text", "text": text, **signed, **named} for text in texts]
     if item.get("encrypted_content"):
         details.append({"type": "reasoning.encrypted", "data": item["encrypted_content"], **named})
     return [{**detail, "index": index} for index, detail in enumerate(details)]
@@ -5337,12 +5301,9 @@ def _entries_of(
 
     What nobody sealed may have been made by hand: of that only reasoning is believed, and no great lot.
     """
-    details = _objects(message.get("reasoning_details"))
-    if not details:
-        return []
     entries: list[Mapping[str, Any]] = []
     unsealed: list[Mapping[str, Any]] = []
-    for detail in details:
+    for detail in _objects(message.get("reasoning_details")):
         if detail.get("type") != _CARRIER:
             unsealed.append(detail)
         elif key := _carried(detail):
@@ -5367,15 +5328,12 @@ def _is_small(value: Any) -> bool:
         return False
 
 
-def _reasoning_of(entry: Mapping[str, Any]) -> list[JSONObject]:
-    items = [entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all"))
-    return [item for item in map(_reasoning_item, items) if item is not None]
-
-
 def _hidden_items(entry: Mapping[str, Any]) -> list[JSONObject]:
     """What of an entry only the record holds."""
     tool = _mapping(entry.get("tool"))
-    return [dict(tool)] if tool.get("type") in _REPLAYED_TOOLS else _reasoning_of(entry)
+    if tool.get("type") in _REPLAYED_TOOLS:
+        return [dict(tool)]
+    return _reasoning_items([entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all")))
 
 
 def _add_replayed(
@@ -5414,8 +5372,7 @@ def _split_answer(text: str, messages: TurnEntries) -> list[str] | None:
     """
     if not messages:
         return [text]
-    chars = [entry.get("chars") for entry in messages]
-    lengths = [length if isinstance(length, int) else -1 for length in chars]
+    lengths = [chars if isinstance(chars := entry.get("chars"), int) else -1 for entry in messages]
     found = _pieces_of(text, messages, lengths)
     if found is not None:
         return ["", *found]
@@ -5444,22 +5401,25 @@ def _pieces_of(
 # Content blocks
 
 
-def _to_input_text(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    text = block.get("text")
-    return {"type": "input_text", "text": text} if isinstance(text, str) and text else None
+def _input_part(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    """A content block as it is sent; None if it is not, which `history` then knows."""
+    if block.get("type") in ("text", "input_text"):
+        text = _text(block.get("text"))
+        return {"type": "input_text", "text": text} if text else None
+    kind = _MEDIA_KINDS.get(_text(block.get("type")))
+    if kind is None:
+        return history.leave_out("block")
+    if not kind.is_taken(spec):
+        return history.leave_out(_NOT_TAKEN[kind.name])
+    name = _text((_mapping(block.get("file")) or block).get("filename")) if kind is _FILE else ""
+    blob = history.medium(kind.name, kind.source(block), name)
+    return blob and _TO_INPUT[kind.name](block, blob, history)
 
 
-def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_images:
-        history.leave_out("picture")
-        return None
-    blob = history.medium("image", _image_source(block))
-    if blob is None:
-        return None
+def _to_input_image(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     is_drawing = blob.url.startswith("data:image/svg")  # no model takes one, and the request would fail
     if is_drawing or not blob.url.startswith(("data:image/", "https://")):
-        history.leave_out("unreadable picture")
-        return None
+        return history.leave_out("unreadable picture")
     if not _fits(blob.url, history, "unreadable picture"):
         return None
     history.pictures += 1
@@ -5488,23 +5448,17 @@ def _fits(source: str, history: _History, damaged: str, most_bytes: int | None =
 def _is_base64_within(
     source: str, start: int, history: _History, damaged: str, most_bytes: int | None = None
 ) -> bool:
-    if not _BASE64_HEAD_RE.fullmatch(source[start : start + 64]):
-        history.leave_out(damaged)
-        return False
-    if _base64_bytes(source, start) > (most_bytes or history.settings.most_bytes):
-        history.leave_out("large file")
+    is_damaged = not _BASE64_HEAD_RE.fullmatch(source[start : start + 64])
+    if is_damaged or _base64_bytes(source, start) > (most_bytes or history.settings.most_bytes):
+        history.leave_out(damaged if is_damaged else "large file")
         return False
     return True
 
 
-def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+def _to_input_file(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     """A file as chat or `/responses` has it; a model that does not read files gets the text of a PDF."""
     file = _mapping(block.get("file")) or block
-    name = _text(file.get("filename"))
-    blob = history.medium("file", _file_source(block), name)
-    if blob is None:
-        return None
-    source, name = blob.url, name or blob.name
+    source, name = blob.url, _text(file.get("filename")) or blob.name
     if blob.text:
         return {"type": "input_text", "text": _file_as_text(name, blob.text)}
     if source.startswith("https://"):
@@ -5512,11 +5466,10 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
     if not source and _text(file.get("file_id")):
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
-    if source and not source.startswith("data:"):
-        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not source:
-        history.leave_out("file")
-        return None
+        return history.leave_out("file")
+    if not source.startswith("data:"):
+        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not _fits(source, history, "file"):
         return None
     return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_data": source}
@@ -5530,18 +5483,11 @@ _NAMELESS_FILE: Final = "file.pdf"
 _NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
 
 
-def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_audio:
-        history.leave_out("recording")
-        return None
-    blob = history.medium("audio", _audio_source(block))
-    if blob is None:
-        return None
+def _to_input_audio(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     kind, data = blob.mime or _text(_mapping(block.get("input_audio")).get("format")), blob.url
     kind = _AUDIO_FORMATS.get(kind, kind)
     if kind not in ("wav", "mp3"):
-        history.leave_out("recording format")
-        return None
+        return history.leave_out("recording format")
     start = data.find(",", 0, _MAX_URL_CHARS) + 1  # behind the head of a data URL, if there is one
     if not _is_base64_within(data, start, history, "file"):
         return None
@@ -5554,35 +5500,20 @@ _AUDIO_FORMATS: Final = {
 }
 
 
-def _to_input_video(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_video:
-        history.leave_out("film")
-        return None
-    blob = history.medium("video", _video_source(block))
-    if blob is None:
-        return None
-    url = blob.url
-    if not url.startswith(("data:video/", "https://")):
-        history.leave_out("file")
-        return None
-    if not _fits(url, history, "file", history.settings.most_video_bytes):
-        return None
-    return {"type": "input_video", "video_url": url}
+def _to_input_video(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
+    if not blob.url.startswith(("data:video/", "https://")):
+        return history.leave_out("file")
+    fits = _fits(blob.url, history, "file", history.settings.most_video_bytes)
+    return {"type": "input_video", "video_url": blob.url} if fits else None
 
 
 _IMAGE_DETAILS: Final = ("auto", "low", "high", "original")
-
-
-_TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JSONObject | None]]] = {
-    "text": _to_input_text,
-    "input_text": _to_input_text,
-    "image_url": _to_input_image,
-    "input_image": _to_input_image,
+_NOT_TAKEN: Final = {"image": "picture", "audio": "recording", "video": "film"}  # rows of `_LEFT_OUT`
+_TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], MediaBlob, _History], JSONObject | None]]] = {
+    "image": _to_input_image,
     "file": _to_input_file,
-    "input_file": _to_input_file,
-    "input_audio": _to_input_audio,
-    "video_url": _to_input_video,
-    "input_video": _to_input_video,
+    "audio": _to_input_audio,
+    "video": _to_input_video,
 }
 
 
@@ -5609,22 +5540,17 @@ def _audio_source(block: Mapping[str, Any]) -> str:
     return _text(_mapping(block.get("input_audio")).get("data")) or _at(block, "input_audio")
 
 
-def _video_source(block: Mapping[str, Any]) -> str:
-    return _at(block, "video_url")
-
-
 def _host_file_address(file_id: str) -> str:
     return f"/api/v1/files/{file_id}/content"
 
 
 _IMAGE: Final = MediaKind("image", _image_source, lambda spec: spec.takes_images)
 _FILE: Final = MediaKind("file", _file_source, lambda spec: True)
-_AUDIO: Final = MediaKind("audio", _audio_source, lambda spec: spec.takes_audio)
-_VIDEO: Final = MediaKind("video", _video_source, lambda spec: spec.takes_video)
+_VIDEO: Final = MediaKind("video", lambda block: _at(block, "video_url"), lambda spec: spec.takes_video)
 _MEDIA_KINDS: Final[dict[str, MediaKind]] = {
     **dict.fromkeys(("image_url", "input_image"), _IMAGE),
     **dict.fromkeys(("file", "input_file"), _FILE),
-    "input_audio": _AUDIO,
+    "input_audio": MediaKind("audio", _audio_source, lambda spec: spec.takes_audio),
     **dict.fromkeys(("video_url", "input_video"), _VIDEO),
 }
 
@@ -5706,8 +5632,7 @@ def _shown_parts(addresses: Iterable[str], intake: Intake, settings: RequestSett
     for address in addresses:
         if not address.startswith("data:image/"):
             urls.append(intake.media.get(MediaRef("image", address, True), _NO_MEDIUM).url)
-            continue
-        if _is_picture_data(address, settings.most_bytes):
+        elif _is_picture_data(address, settings.most_bytes):
             urls.append(address)
     return [_image_part(url) for url in urls if url]
 
@@ -5847,13 +5772,13 @@ def _blocks(content: Any) -> list[Any]:
 
 def _sent_whole(blocks: Mapping[str, JSONObject], intake: Intake) -> frozenset[str]:
     """The keys of the files that could be had."""
-
-    def blob(block: JSONObject) -> MediaBlob:
-        kind = _MEDIA_KINDS.get(block["type"])
-        ref = MediaRef(kind.name, kind.source(block)) if kind else None
-        return intake.media.get(ref, _NO_MEDIUM) if ref else _NO_MEDIUM
-
-    return frozenset(key for key, block in blocks.items() if not blob(block).reason)
+    failed = {
+        key
+        for key, block in blocks.items()
+        if (kind := _MEDIA_KINDS.get(block["type"]))
+        and intake.media.get(MediaRef(kind.name, kind.source(block)), _NO_MEDIUM).reason
+    }
+    return frozenset(blocks.keys() - failed)
 
 
 def _without_passages(
@@ -5868,7 +5793,6 @@ def _without_passages(
     if is_apart and _PASSAGE in last and not last.endswith(files.user_prompt):
         restored.pop()  # Continue: with no question at the end, they are a message of their own
     for position in range(len(restored) - 1, -1, -1):
-        content = _blocks(messages[position].get("content"))
         first = _first_text(messages[position])
         before = first.removesuffix(files.user_prompt) if files.user_prompt else first
         if not files.user_prompt and not first.strip().endswith(_PASSAGES_END):
@@ -5879,16 +5803,14 @@ def _without_passages(
                 {**block, "text": text.removeprefix(before)}
                 if (text := _text(_mapping(block).get("text")))
                 else block
-                for block in content
+                for block in _blocks(messages[position].get("content"))
             ]
             restored[position] = {**messages[position], "content": plain}
             break
     head = messages[0] if messages else {}
     if head.get("role") == "system":
-        restored[0] = {
-            **head,
-            "content": _without_their_end(_plain_text(head.get("content")), files.system_prompt),
-        }
+        prompt = _without_their_end(_plain_text(head.get("content")), files.system_prompt)
+        restored[0] = {**head, "content": prompt}
     return restored
 
 
@@ -5914,8 +5836,6 @@ _PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
 _PASSAGES_BEGIN_RE: Final = re.compile(r"^(?:### Task:|<context>|<source)", re.MULTILINE)
 _MOST_BEGINNINGS: Final = 20
 _PASSAGES_END: Final = ("</source>", "</context>")
-
-
 _LOOKED_INTO_BY_TOOLS: Final = ("file", "collection", "note", "chat", "folder")
 
 
@@ -5924,12 +5844,11 @@ def _missed_files(files: ChatFiles, whole: Container[str], has_tools: bool) -> t
     if files.is_retrieved:
         return ()
     looked_into = _LOOKED_INTO_BY_TOOLS if has_tools else ()
-    missed = [
-        file
+    names = [
+        _shown_name(_text(file.get("name"))) or _UNNAMED["file"]
         for file in files.files
         if _file_key(file) not in whole and file.get("type", "file") not in looked_into
     ]
-    names = [_shown_name(_text(file.get("name"))) or _UNNAMED["file"] for file in missed]
     return tuple(f"Not sent to the model: {name}. Open WebUI looks into no files for it." for name in names)
 
 
