@@ -5924,14 +5924,11 @@ class CompletionsBody(NamedTuple):
             elif rights.is_admin or value == in_force or value in options:
                 continue
             elif name == "provider":
-                parameters[name] = _stricter(
-                    _mapping(in_force), _as_provider(name, value), opened=rights.opened
-                )
+                parameters[name] = _stricter(_mapping(in_force), _as_provider(name, value), rights.opened)
             elif not _matches_any(name, rights.opened):
                 raise InputError(f"The parameter {name} can only be set by an administrator")
-        return self._replace(
-            parameters={name: value for name, value in parameters.items() if value is not None}
-        )
+        sent = {name: value for name, value in parameters.items() if value is not None}
+        return self._replace(parameters=sent)
 
     @property
     def unsent(self) -> tuple[str, ...]:
@@ -6086,15 +6083,16 @@ def _as_texts(name: str, value: Any) -> list[str]:
     return [text for entry in value if (text := _as_text(name, entry).strip())]
 
 
-def _as_objects(name: str, value: Any) -> list[JSONObject]:
-    return [_as_object(name, entry) for entry in _as_list(name, value)]
+def _each_with(field: str, words: str) -> Callable[[str, Any], list[JSONObject]]:
+    """A reader of lists of objects that all have this text."""
 
+    def read(name: str, value: Any) -> list[JSONObject]:
+        entries = [_as_object(name, entry) for entry in _as_list(name, value)]
+        if not all(isinstance(entry.get(field), str) for entry in entries):
+            raise InputError(f"Each entry of the parameter {name} needs {words}")
+        return entries
 
-def _as_plugins(name: str, value: Any) -> list[JSONObject]:
-    plugins = _as_objects(name, value)
-    if not all(isinstance(plugin.get("id"), str) for plugin in plugins):
-        raise InputError(f"Each entry of the parameter {name} needs an id")
-    return plugins
+    return read
 
 
 def _as_transforms(name: str, value: Any) -> list[JSONObject]:
@@ -6128,13 +6126,6 @@ def _typed(
         return wanted
 
     return read
-
-
-def _as_conditions(name: str, value: Any) -> list[JSONObject]:
-    conditions = _as_objects(name, value)
-    if not all(isinstance(condition.get("type"), str) for condition in conditions):
-        raise InputError(f"Each entry of the parameter {name} needs a type")
-    return conditions
 
 
 def _as_modalities(name: str, value: Any) -> list[str]:
@@ -6245,38 +6236,35 @@ _NARROWINGS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "data_collection": lambda admins, wanted: "deny" if wanted == "deny" else admins,
     "only": _both,
     "quantizations": _both,
-    "ignore": lambda admins, wanted: [
-        *(admins or ()),
-        *(name for name in wanted if name not in (admins or ())),
-    ],
+    "ignore": lambda admins, wanted: [*(had := admins or ()), *(name for name in wanted if name not in had)],
     "max_price": _cheaper,
 }
 
 
-_as_reasoning_fields: Final = _typed(
-    {"effort": str, "max_tokens": int, "summary": str, "enabled": bool, "mode": str, "context": str}
-)
-
-
 def _as_reasoning(name: str, value: Any) -> JSONObject:
-    wanted = _as_reasoning_fields(name, value)
+    wanted = _typed(_REASONING_CHOICES)(name, value)
     wanted.pop("exclude", None)  # chat's; here nothing is shown that nobody wants to see
-    unknown = wanted.keys() - {"effort", "max_tokens", "summary", "enabled", "mode", "context"}
-    if unknown:
+    if unknown := wanted.keys() - _REASONING_CHOICES:
         raise InputError(f"The parameter {name} has no field “{min(unknown)[:40]}”")
     return wanted
+
+
+_REASONING_CHOICES: Final[dict[str, type]] = {
+    **dict.fromkeys(("effort", "summary", "mode", "context"), str),
+    "max_tokens": int,
+    "enabled": bool,
+}
 
 
 def _as_tool_choice(name: str, value: Any) -> Any:
     """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
     value = _decoded(value)
-    function = _mapping(_mapping(value).get("function"))
+    choice = _mapping(value)
+    function, kind = _mapping(choice.get("function")), choice.get("type")
     if function.get("name"):
         return {"type": "function", "name": _as_text(name, function["name"])}
-    kind = _mapping(value).get("type")
-    if value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
-        return value
-    if kind == "function" and isinstance(_mapping(value).get("name"), str):
+    is_named = kind == "function" and isinstance(choice.get("name"), str)
+    if is_named or value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
         return value
     raise InputError(f"The parameter {name} must be auto, none, required, or name a function")
 
@@ -6306,10 +6294,10 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "frequency_penalty": (("frequency_penalty",), _as_number),
     "presence_penalty": (("presence_penalty",), _as_number),
     "top_logprobs": (("top_logprobs",), _as_integer),
-    "max_tokens": (("max_output_tokens",), _as_integer),
-    "max_completion_tokens": (("max_output_tokens",), _as_integer),
-    "num_predict": (("max_output_tokens",), _as_integer),
-    "max_output_tokens": (("max_output_tokens",), _as_integer),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "num_predict", "max_output_tokens"),
+        (("max_output_tokens",), _as_integer),
+    ),
     "reasoning": (("reasoning",), _as_reasoning),
     "reasoning_effort": (("reasoning", "effort"), _as_text),
     "verbosity": (("text", "verbosity"), _as_text),
@@ -6317,10 +6305,10 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "tool_choice": (("tool_choice",), _as_tool_choice),
     "parallel_tool_calls": (("parallel_tool_calls",), _as_switch),
     "max_tool_calls": (("max_tool_calls",), _as_integer),
-    "stop_server_tools_when": (("stop_server_tools_when",), _as_conditions),
+    "stop_server_tools_when": (("stop_server_tools_when",), _each_with("type", "a type")),
     "models": (("models",), _as_models),
     "provider": (("provider",), _as_provider),
-    "plugins": (("plugins",), _as_plugins),
+    "plugins": (("plugins",), _each_with("id", "an id")),
     "transforms": (("plugins",), _as_transforms),
     "modalities": (("modalities",), _as_modalities),
     "image_config": (("image_config",), _as_object),
@@ -6399,8 +6387,7 @@ def _set_pdf_engine(payload: JSONObject, settings: RequestSettings) -> None:
     plugins = payload.get("plugins", [])
     is_said = any(plugin.get("id") == "file-parser" for plugin in plugins)
     if settings.pdf_engine and not is_said and any(part.get("type") == "input_file" for part in parts):
-        parser = {"id": "file-parser", "pdf": {"engine": settings.pdf_engine}}
-        payload["plugins"] = [*plugins, parser]
+        payload["plugins"] = [*plugins, {"id": "file-parser", "pdf": {"engine": settings.pdf_engine}}]
 
 
 def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
@@ -6450,9 +6437,8 @@ _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 
 
 def _may_offer(host_name: str, settings: RequestSettings) -> bool:
-    is_chosen = settings.available_tools.strip() in ("all", "") or _matches_any(
-        host_name, settings.available_tools
-    )
+    chosen = settings.available_tools
+    is_chosen = chosen.strip() in ("all", "") or _matches_any(host_name, chosen)
     return is_chosen and (settings.only_tools is None or host_name in settings.only_tools)
 
 
@@ -6509,13 +6495,8 @@ def _strict(part: JSONObject) -> JSONObject:
         if not all(name in properties for name in required):
             raise _NotPlainError
         inner = {name: _strict(value) for name, value in properties.items()}
-        strict |= {
-            "properties": {
-                name: value if name in required else _nullable(value) for name, value in inner.items()
-            },
-            "required": list(properties),
-            "additionalProperties": False,
-        }
+        inner = {name: value if name in required else _nullable(value) for name, value in inner.items()}
+        strict |= {"properties": inner, "required": list(properties), "additionalProperties": False}
     if "array" in kinds:
         if "items" not in part:
             raise _NotPlainError
@@ -6527,13 +6508,8 @@ def _strict(part: JSONObject) -> JSONObject:
 
 # what only chat knows; sent as the person or the administrator set it
 _CHAT_ONLY_PARAMETERS: Final = (
-    "stop",
-    "seed",
-    "min_p",
-    "top_a",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
+    *("stop", "seed", "min_p", "top_a"),
+    *("repetition_penalty", "logit_bias", "logprobs"),
 )
 _SHARED_PARAMETERS: Final = (
     *_SAMPLING,
@@ -6553,8 +6529,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     if payload.get("instructions"):
         messages.append({"role": "system", "content": payload["instructions"]})
     for item in payload["input"]:
-        add = _TO_CHAT.get(item["type"])
-        if add is not None:
+        if add := _TO_CHAT.get(item["type"]):
             add(messages, item)
     body: JSONObject = {"model": payload["model"], "messages": messages, "stream": True}
     body["stream_options"] = {"include_usage": True}  # OpenRouter needs no asking, proxies do
@@ -6562,10 +6537,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
     if "max_output_tokens" in payload:
         body["max_completion_tokens"] = payload["max_output_tokens"]
-    reasoning = {
-        name: value for name, value in payload.get("reasoning", {}).items() if name in _CHAT_REASONING
-    }
-    if reasoning:
+    if reasoning := {k: v for k, v in payload.get("reasoning", {}).items() if k in _CHAT_REASONING}:
         body["reasoning"] = reasoning
     if "tools" in payload:
         told = ("name", "description", "parameters")
@@ -6585,11 +6557,10 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
         text_only = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if text_only else parts
     last = messages[-1] if messages else {}
-    if item["role"] != "assistant" or last.get("role") != "assistant":
-        messages.append({"role": item["role"], "content": content})
-    elif last["content"] is None:
+    continues = item["role"] == last.get("role") == "assistant"
+    if continues and last["content"] is None:
         last["content"] = content  # the reasoning before it belongs to it
-    elif "tool_calls" in last:
+    elif continues and "tool_calls" in last:
         last["content"] = f"{last['content']}\n{content}"  # nothing may stand between a call and its output
     else:
         messages.append({"role": item["role"], "content": content})
@@ -6643,12 +6614,10 @@ _TO_CHAT: Final[dict[str, Callable[[list[JSONObject], JSONObject], None]]] = {
 def _to_chat_text_options(text: JSONObject) -> JSONObject:
     options = {"verbosity": text["verbosity"]} if "verbosity" in text else {}
     form = text.get("format")
-    if form is None:
-        return options
-    if form.get("type") == "json_schema":
+    if form and form.get("type") == "json_schema":
         schema = {key: value for key, value in form.items() if key != "type"}
         form = {"type": "json_schema", "json_schema": schema}
-    return {**options, "response_format": form}
+    return options if form is None else {**options, "response_format": form}
 
 
 def _without_reasoning(payload: JSONObject) -> JSONObject | None:
@@ -6659,12 +6628,8 @@ def _without_reasoning(payload: JSONObject) -> JSONObject | None:
 
 def _without_tools(payload: JSONObject) -> JSONObject | None:
     """`payload` without the tools that it offers; None when it offers none."""
-    if not payload.get("tools"):
-        return None
-    return {key: value for key, value in payload.items() if key not in _TOOL_FIELDS}
-
-
-_TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
+    kept = {key: value for key, value in payload.items() if key != "tools" and key not in _TOOL_PARAMETERS}
+    return kept if payload.get("tools") else None
 
 
 # ── 10. SSE decoder ──────────────────────────────────────────────────────────
