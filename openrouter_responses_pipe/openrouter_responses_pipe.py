@@ -7004,18 +7004,17 @@ def _text_reducers(
     return {event: reducer(*row) for event, row in rows.items()}
 
 
-def _on_call_delta(state: StreamState, payload: JSONObject, kind: str, part: str) -> list[Emission]:
+def _on_call_delta(kind: str, part: str, state: StreamState, payload: JSONObject) -> list[Emission]:
     item = _find_item(state, payload, kind)
     item.parts.setdefault((part, 0), []).append(str(payload.get("delta") or ""))
     return []
 
 
-def _on_call_done(state: StreamState, payload: JSONObject, kind: str, *fields: str) -> list[Emission]:
+def _on_call_done(
+    kind: str, fields: Sequence[str], state: StreamState, payload: JSONObject
+) -> list[Emission]:
     item = _find_item(state, payload, kind)
-    item.payload = {
-        **item.payload,
-        **{key: payload[key] for key in fields if isinstance(payload.get(key), str)},
-    }
+    item.payload = item.payload | {key: payload[key] for key in fields if isinstance(payload.get(key), str)}
     return []
 
 
@@ -7067,10 +7066,8 @@ _PARTS: Final[dict[str, tuple[str, str]]] = {
 
 def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, Any]) -> list[Emission]:
     name, key = _PARTS.get(str(part.get("type")), ("", ""))
-    emissions = _fill(item, name, number, part.get(key)) if name else []
-    for annotation in _objects(part.get("annotations")):
-        emissions += _cite(state, annotation)
-    return emissions
+    missing = _fill(item, name, number, part.get(key)) if name else []
+    return missing + _cite_all(state, [part])
 
 
 def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
@@ -7084,10 +7081,9 @@ def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
 
 
 def _host_of(url: str) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         return urlsplit(url).hostname or url
-    except ValueError:
-        return url
+    return url
 
 
 def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
@@ -7095,8 +7091,7 @@ def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
     if not isinstance(done, dict):
         return []
     index = payload.get("output_index")
-    known = _named_item(state, index, done.get("id"), done.get("type"))
-    item = known or _add_item(state, done, index)
+    item = _named_item(state, index, done.get("id"), done.get("type")) or _add_item(state, done, index)
     if str(done.get("type")) in _ENDED_LATER and not item.closed:
         _learn(item, done)
         return []
@@ -7116,8 +7111,7 @@ def _finish_item(state: StreamState, item: _Item, done: JSONObject) -> list[Emis
     if item.closed:
         return _finish_late(state, item, done)
     _learn(item, done)
-    finish = _ITEM_FINISHERS.get(item.type, _finish_server_tool)
-    emissions = finish(state, item)
+    emissions = _ITEM_FINISHERS.get(item.type, _finish_server_tool)(state, item)
     item.closed = True
     return emissions
 
@@ -7128,21 +7122,17 @@ def _finish_late(state: StreamState, item: _Item, final: JSONObject) -> list[Emi
         return [_picture_made(state, _picture(final))]
     if item.type != "message":
         return []
-    emissions = _cite_all(state, final)
+    emissions = _cite_all(state, _objects(final.get("content")))
     full, shown = _message_text(final), item.whole_text()
     if full != shown and full.startswith(shown):
         rest = [{"type": "output_text", "text": full[len(shown) :]}]
-        more = _add_item(state, {"type": "message", "content": rest}, None)
-        emissions += _finish_item(state, more, {})
+        emissions += _finish_item(state, _add_item(state, {"type": "message", "content": rest}, None), {})
     return emissions
 
 
-def _cite_all(state: StreamState, message: Mapping[str, Any]) -> list[Emission]:
-    emissions: list[Emission] = []
-    for part in _objects(message.get("content")):
-        for annotation in _objects(part.get("annotations")):
-            emissions += _cite(state, annotation)
-    return emissions
+def _cite_all(state: StreamState, parts: Iterable[Mapping[str, Any]]) -> list[Emission]:
+    annotations = [annotation for part in parts for annotation in _objects(part.get("annotations"))]
+    return [emission for annotation in annotations for emission in _cite(state, annotation)]
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
@@ -7158,7 +7148,7 @@ _ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
 
 
 def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
-    emissions = _cite_all(state, item.payload)
+    emissions = _cite_all(state, _objects(item.payload.get("content")))
     if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
         for number, part in enumerate(_objects(item.payload.get("content"))):
             emissions += _fill_part(state, item, number, part)
@@ -7271,8 +7261,7 @@ def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
 def _on_error(state: StreamState, payload: JSONObject) -> list[Emission]:
     """The flat, the nested and the untyped shape of reference §7.1."""
     state.ended = True
-    nested = _error_object(payload.get("error"))
-    return [Failed(_event_error(nested or payload))]
+    return [Failed(_event_error(_error_object(payload.get("error")) or payload))]
 
 
 def _finish_all(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
@@ -7342,27 +7331,18 @@ def _merge_usage_stats(first: Mapping[str, Any], second: Mapping[str, Any]) -> J
 _REDUCERS: Final[dict[str, Reducer]] = {
     **_text_reducers(_DELTA_EVENTS, _grow),
     **_text_reducers(_DONE_EVENTS, _fill),
-    **dict.fromkeys(("response.created", "response.queued", "response.in_progress"), _on_nothing),
-    "response.debug": _on_nothing,
     "response.output_item.added": _on_item_added,
     "response.output_item.done": _on_item_done,
-    **dict.fromkeys(("response.content_part.added", "response.reasoning_summary_part.added"), _on_nothing),
     **dict.fromkeys(("response.content_part.done", "response.reasoning_summary_part.done"), _on_part_done),
     "response.output_text.annotation.added": lambda state, payload: _cite(
         state, _mapping(payload.get("annotation"))
     ),
-    "response.function_call_arguments.delta": lambda state, payload: _on_call_delta(
-        state, payload, "function_call", "arguments"
+    "response.function_call_arguments.delta": functools.partial(_on_call_delta, "function_call", "arguments"),
+    "response.function_call_arguments.done": functools.partial(
+        _on_call_done, "function_call", ("name", "arguments")
     ),
-    "response.function_call_arguments.done": lambda state, payload: _on_call_done(
-        state, payload, "function_call", "name", "arguments"
-    ),
-    "response.custom_tool_call_input.delta": lambda state, payload: _on_call_delta(
-        state, payload, "custom_tool_call", "input"
-    ),
-    "response.custom_tool_call_input.done": lambda state, payload: _on_call_done(
-        state, payload, "custom_tool_call", "input"
-    ),
+    "response.custom_tool_call_input.delta": functools.partial(_on_call_delta, "custom_tool_call", "input"),
+    "response.custom_tool_call_input.done": functools.partial(_on_call_done, "custom_tool_call", ("input",)),
     **dict.fromkeys(
         (
             *("response.web_search_call.in_progress", "response.web_search_call.searching"),
@@ -7374,6 +7354,8 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     ),
     **dict.fromkeys(
         (
+            *("response.created", "response.queued", "response.in_progress", "response.debug"),
+            *("response.content_part.added", "response.reasoning_summary_part.added"),
             *("response.web_search_call.completed", "response.file_search_call.completed"),
             *("response.image_generation_call.completed", "response.code_interpreter_call.completed"),
             *("response.code_interpreter_call_code.delta", "response.code_interpreter_call_code.done"),
@@ -7393,14 +7375,13 @@ _REDUCERS: Final[dict[str, Reducer]] = {
 # Chunks of /chat/completions (reference §13), with the same emissions
 
 # our names of usage, which are those of /responses, and chat's
-_USAGE_NAMES: Final = (
-    ("input_tokens", "prompt_tokens"),
-    ("output_tokens", "completion_tokens"),
-    ("input_tokens_details", "prompt_tokens_details"),
-    ("output_tokens_details", "completion_tokens_details"),
-)
-_CHAT_USAGE: Final = dict(_USAGE_NAMES)
-_USAGE_FROM_CHAT: Final = {chat: ours for ours, chat in _USAGE_NAMES}
+_CHAT_USAGE: Final = {
+    "input_tokens": "prompt_tokens",
+    "output_tokens": "completion_tokens",
+    "input_tokens_details": "prompt_tokens_details",
+    "output_tokens_details": "completion_tokens_details",
+}
+_USAGE_FROM_CHAT: Final = {chat: ours for ours, chat in _CHAT_USAGE.items()}
 
 
 def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
@@ -7414,9 +7395,7 @@ def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> lis
 
 def close_chat_stream(state: StreamState) -> list[Emission]:
     """The connection ended: well, if a `finish_reason` had come."""
-    if state.ended or not state.finish:
-        return close_stream(state)
-    return _end_chat(state)
+    return close_stream(state) if state.ended or not state.finish else _end_chat(state)
 
 
 def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
@@ -7538,8 +7517,7 @@ def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
 def _join_details(item: _Item) -> None:
     for number, detail in enumerate(item.payload.get("reasoning_details", ())):
         for key in _DETAIL_TEXTS:
-            pieces = item.parts.get((f"detail {key}", number))
-            if pieces:
+            if pieces := item.parts.get((f"detail {key}", number)):
                 detail[key] = "".join(pieces)
 
 
@@ -7585,12 +7563,9 @@ def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emissi
 
 
 def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    emissions: list[Emission] = []
-    for annotation in _objects(delta["annotations"]):
-        emissions += _cite(
-            state, {**_mapping(annotation.get("url_citation")), "type": annotation.get("type")}
-        )
-    return emissions
+    notes = _objects(delta["annotations"])
+    flat = [{**_mapping(note.get("url_citation")), "type": note.get("type")} for note in notes]
+    return _cite_all(state, [{"annotations": flat}])
 
 
 # key of a delta -> what it means; the order is that of reading
