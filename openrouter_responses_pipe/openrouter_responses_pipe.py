@@ -7730,13 +7730,10 @@ class OpenRouterClient:
             headers["Accept-Encoding"] = "identity"
         data = None if payload is None else _request_data(payload)
         try:
-            response = await self._open_session().request(
-                method,
-                connection.base_url + path,
-                data=data,
-                headers=headers,
-                timeout=timeout,
-                proxy=_proxy_for(connection.base_url),
+            session, proxy = self._open_session(), _proxy_for(connection.base_url)
+            url = connection.base_url + path
+            response = await session.request(
+                method, url, data=data, headers=headers, timeout=timeout, proxy=proxy
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
             raise _network_error(exc) from exc
@@ -7804,9 +7801,8 @@ async def _close_connector(connector: aiohttp.BaseConnector) -> None:
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for `url`, as `HTTPS_PROXY` and `NO_PROXY` say."""
     parts = urlsplit(url)
-    if not parts.hostname or proxy_bypass(parts.hostname):
-        return None
-    return getproxies().get(parts.scheme)
+    is_direct = not parts.hostname or proxy_bypass(parts.hostname)
+    return None if is_direct else getproxies().get(parts.scheme)
 
 
 def _network_error(exc: BaseException, *, begun: bool = False) -> StreamError:
