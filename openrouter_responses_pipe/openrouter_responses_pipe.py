@@ -4985,8 +4985,7 @@ def _extract_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[str, 
     for position, message in enumerate(messages):
         if message.get("role") not in ("system", "developer"):
             return "\n\n".join(texts), messages[position:]
-        text = _plain_text(message.get("content"))
-        if text.strip():
+        if (text := _plain_text(message.get("content"))).strip():
             texts.append(text)
     return "\n\n".join(texts), ()
 
@@ -5021,16 +5020,14 @@ def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) ->
 
 
 def _add_system(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    text = _plain_text(message.get("content"))
-    if text.strip():
+    if (text := _plain_text(message.get("content"))).strip():
         part = {"type": "input_text", "text": text}
         history.items.append({"type": "message", "role": message["role"], "content": [part]})
 
 
 def _add_answer(history: _History, text: str, phase: str = "") -> None:
     """An earlier answer; the easy form needs neither the id nor the status that the full form asks for."""
-    text = _clean_answer(text)
-    if text.strip():
+    if (text := _clean_answer(text)).strip():
         item: JSONObject = {"type": "message", "role": "assistant", "content": text}
         history.items.append({**item, "phase": phase} if phase else item)
 
@@ -5065,8 +5062,6 @@ def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
 _MARKER_LINE_RE: Final = re.compile(r"^[ \t]*\[[0-9A-HJKMNP-TV-Z]{26}\]: #[^\n]*(?:\n|\Z)", re.MULTILINE)
 _DETAILS_RE: Final = re.compile(r'<details\s[^<>]*type="(?:reasoning|tool_calls|code_interpreter)"[^<>]*>')
 _THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
-
-
 _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
     "user": _add_user,
     "assistant": lambda history, message, spec: _add_answer(history, _plain_text(message.get("content"))),
@@ -5117,7 +5112,6 @@ def _output_item(call_id: str, output: str) -> JSONObject:
 
 
 # Reasoning that goes back to the model as it came
-
 
 _CARRIER: Final = "openrouter_responses_pipe"
 # kind of thing a record holds -> of which key; what an entry of a record is, is said by its one key
@@ -5195,9 +5189,8 @@ class TurnRecord:
                 call = self._calls[number]
                 history.items.append(_call_item(call, call.call_id, names))
             elif "message" in entry:
-                _add_answer(
-                    history, self._texts[number].strip(), _text(entry.get("phase")) if is_kept else ""
-                )
+                phase = _text(entry.get("phase")) if is_kept else ""
+                _add_answer(history, self._texts[number].strip(), phase)
             else:
                 history.items += _hidden_items(entry)
         return history.items
@@ -5284,9 +5277,8 @@ def _to_chat_details(item: Mapping[str, Any]) -> list[JSONObject]:
     """`reasoning_details` of a reasoning item, for `/chat/completions`."""
     named = {field: item[field] for field in ("id", "format") if item.get(field)}
     signed = {"signature": item["signature"]} if item.get("signature") else {}
-    summary, texts = (
-        [part.get("text", "") for part in item.get(field, ())] for field in ("summary", "content")
-    )
+    summary = [part.get("text", "") for part in item.get("summary", ())]
+    texts = [part.get("text", "") for part in item.get("content", ())]
     details = [{"type": "reasoning.summary", "summary": text, **named} for text in summary]
     details += [{"type": "reasoning.text", "text": text, **signed, **named} for text in texts]
     if item.get("encrypted_content"):
