@@ -6904,8 +6904,7 @@ def _find_item(state: StreamState, payload: JSONObject, kind: str) -> _Item:
     if isinstance(index, int) and index in state.by_index:
         return state.by_index[index]
     item_id = payload.get("item_id")
-    known = _named_item(state, index, item_id, kind)
-    return known or _add_item(state, {"type": kind, "id": item_id}, index)
+    return _named_item(state, index, item_id, kind) or _add_item(state, {"type": kind, "id": item_id}, index)
 
 
 def _named_item(state: StreamState, index: Any, item_id: Any, kind: Any) -> _Item | None:
@@ -6961,7 +6960,6 @@ _DELTAS: Final[dict[str, Callable[[int, str, int], Emission]]] = {
     "reasoning": lambda number, text, part: ReasoningDelta(number, text, part, "text"),
 }
 
-
 # Deltas: event type -> (type of its item, part's name, key of the part's number, key of the text)
 _DELTA_EVENTS: Final[dict[str, tuple[str, str, str, str]]] = {
     "response.output_text.delta": ("message", "text", "content_index", "delta"),
@@ -7002,11 +7000,9 @@ def _on_call_delta(kind: str, part: str, state: StreamState, payload: JSONObject
     return []
 
 
-def _on_call_done(
-    kind: str, fields: Sequence[str], state: StreamState, payload: JSONObject
-) -> list[Emission]:
+def _on_call_done(kind: str, keys: Sequence[str], state: StreamState, payload: JSONObject) -> list[Emission]:
     item = _find_item(state, payload, kind)
-    item.payload = item.payload | {key: payload[key] for key in fields if isinstance(payload.get(key), str)}
+    item.payload = item.payload | {key: payload[key] for key in keys if isinstance(payload.get(key), str)}
     return []
 
 
@@ -7144,8 +7140,7 @@ def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
     if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
         for number, part in enumerate(_objects(item.payload.get("content"))):
             emissions += _fill_part(state, item, number, part)
-    shown = item.whole_text()
-    if shown != _message_text(item.payload):  # of some streams the deltas alone say it
+    if (shown := item.whole_text()) != _message_text(item.payload):  # of some streams the deltas alone say it
         item.payload = {**item.payload, "content": [{"type": "output_text", "text": shown}]}
     return [*emissions, ItemClosed(item.number, "message", item.payload)]
 
@@ -7401,8 +7396,7 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
     state.finish = str(choice.get("finish_reason") or state.finish)
     usage = chunk.get("usage")
     if isinstance(usage, dict):
-        named = {_USAGE_FROM_CHAT.get(name, name): value for name, value in usage.items()}
-        state.usage = cast(UsageStats, named)
+        state.usage = cast(UsageStats, {_USAGE_FROM_CHAT.get(name, name): n for name, n in usage.items()})
     if chunk.get("error"):
         spent: list[Emission] = [UsageReported(state.usage)] if state.usage is not None else []
         return [*emissions, *spent, *_on_error(state, chunk)]
@@ -7547,8 +7541,8 @@ def _chat_call(state: StreamState, call: Mapping[str, Any]) -> _Item:
 def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     emissions: list[Emission] = []
     for image in _objects(delta["images"]):
-        url = _mapping(image.get("image_url")).get("url")
-        if isinstance(url, str) and url and hash(url) not in state.pictures:
+        url = _text(_mapping(image.get("image_url")).get("url"))
+        if url and hash(url) not in state.pictures:
             state.pictures.add(hash(url))
             emissions.append(_picture_made(state, url))
     return emissions
