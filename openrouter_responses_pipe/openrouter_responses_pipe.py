@@ -7824,9 +7824,9 @@ class _RetryWait:
         """The wait after a try that failed, for tenacity."""
         error = retry_state.outcome.exception() if retry_state.outcome else None
         named = error.retry_after if isinstance(error, PipeError) else None
-        if named is not None:
-            return min(named, self._longest_s)
-        return min(2.0 ** (retry_state.attempt_number - 1) * (0.5 + self._chance()), self._longest_s)
+        if named is None:
+            named = 2.0 ** (retry_state.attempt_number - 1) * (0.5 + self._chance())
+        return min(named, self._longest_s)
 
     def allows(self, error: BaseException) -> bool:
         """Whether another try may help: the error passes by, and within the longest wait."""
