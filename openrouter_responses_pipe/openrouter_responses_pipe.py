@@ -7875,9 +7875,7 @@ class DeltaBuffer:
         """Seconds until the text should leave; None while there is none."""
         if not self._pieces:
             return None
-        if self.size >= self._char_limit:
-            return 0.0
-        return max(0.0, self._since + self._idle_s - now)
+        return 0.0 if self.size >= self._char_limit else max(0.0, self._since + self._idle_s - now)
 
     def flush(self) -> str:
         """Take all of it."""
@@ -7929,10 +7927,7 @@ class Outlet:
     def _flush_pending(self) -> None:
         """Something else follows the text that was growing: it is ready as it is."""
         build, self._build = self._build, None
-        if build is None:
-            return
-        chars = self._buffer.size
-        if chars:
+        if build is not None and (chars := self._buffer.size):
             self._entries.append((build(self._buffer.flush()), chars))
 
     async def room(self) -> None:
@@ -8170,9 +8165,6 @@ class _BrowserWriter(_Writer):
         self._closed.clear()
         return [*entries, *self._usage_event(always=True)]
 
-    def _write_finished(self, finished: ToolFinished) -> list[Entry]:
-        return self._output_events(finished.result)
-
     def _output_events(self, result: ToolResult) -> list[Entry]:
         """The end of a call's card, then its output: only `done`, because older hosts mix the two up."""
         index, item, _ = self._unanswered.pop(result.call.call_id)
@@ -8231,7 +8223,7 @@ class _BrowserWriter(_Writer):
         ReasoningDelta: _write_reasoning,
         ItemClosed: _write_closed,
         ToolRequested: _keep_call,
-        ToolFinished: _write_finished,
+        ToolFinished: lambda writer, finished: writer._output_events(finished.result),
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
         CarrierReady: _write_carrier,
@@ -8303,10 +8295,8 @@ class _BrowserJSONWriter(_BrowserWriter):
             items = [{**item, "content": content}]
         parts = [part for item in items if item["type"] == "message" for part in item["content"]]
         message = {"role": "assistant", "content": "\n".join(part["text"] for part in parts)}
-        result: JSONObject = {
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "output": items,
-        }
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        result: JSONObject = {"choices": [choice], "output": items}
         if self._totals:
             result["usage"] = self._totals
         if self._error is not None:
@@ -8318,12 +8308,8 @@ class _ChunkWriter(_Writer):
     """`chat.completion.chunk` objects, as OpenAI's clients read them."""
 
     def __init__(self, model: str, completion_id: str, created: int, show_thinking: bool) -> None:
-        self._head = {
-            "id": completion_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": model,
-        }
+        self._head: JSONObject = {"id": completion_id, "object": "chat.completion.chunk"}
+        self._head |= {"created": created, "model": model}
         self._show_thinking = show_thinking
         self._open: dict[int, _OpenItem] = {}
         self._said_role = False
@@ -8342,17 +8328,11 @@ class _ChunkWriter(_Writer):
             entries.insert(0, self._chunk({"role": "assistant", "content": ""}))
         return entries
 
-    def _build_content(self, text: str) -> JSONObject:
-        return self._chunk({"content": text})
-
-    def _build_reasoning(self, text: str) -> JSONObject:
-        return self._chunk({"reasoning_content": text})
-
     def _start(self, number: int, kind: str) -> _OpenItem:
         item = self._open.get(number)
         if item is None or item.type != kind:
-            build = self._build_content if kind == "message" else self._build_reasoning
-            item = self._open[number] = _OpenItem(number, kind, build)
+            key = "content" if kind == "message" else "reasoning_content"
+            item = self._open[number] = _OpenItem(number, kind, lambda text: self._chunk({key: text}))
         return item
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
@@ -8387,9 +8367,9 @@ class _ChunkWriter(_Writer):
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
         calls = _in_order(self._calls) if ended.outcome == "completed" else []
         entries = [entry for item in self._open.values() for entry in item.say_rest()]
+        self._open.clear()
+        self._calls = []
         if ended.goes_on:  # the pipe runs the calls; the client sees one answer
-            self._open.clear()
-            self._calls = []
             return entries
         if calls:
             tool_calls = [
@@ -8400,13 +8380,14 @@ class _ChunkWriter(_Writer):
         entries.append(self._chunk({}, _finish_reason(ended, bool(calls))))
         if self._totals:
             entries.append({**self._head, "choices": [], "usage": _chat_usage(self._totals)})
-        self._open.clear()
-        self._calls = []
         return entries
 
     def _write_failure(self, failed: Failed) -> list[Entry]:
+        """An error as OpenAI's clients read it."""
         rest = [entry for item in self._open.values() for entry in item.say_rest()]
-        return [*rest, {"error": _api_error_object(failed.error)}]
+        error = failed.error
+        code = error.status or error.template
+        return [*rest, {"error": {"message": error.user_message, "type": error.template, "code": code}}]
 
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
         TextDelta: _write_text,
@@ -8488,18 +8469,11 @@ def _chat_usage(usage: Mapping[str, Any]) -> JSONObject:
     return {_CHAT_USAGE.get(name, name): value for name, value in usage.items()}
 
 
-def _api_error_object(error: PipeError) -> JSONObject:
-    """An error as OpenAI's clients read it."""
-    return {"message": error.user_message, "type": error.template, "code": error.status or error.template}
-
-
 def _make_writer(request: ChatRequest, valves: Valves, clock: Callable[[], float]) -> _Writer:
     """The writer of a request's dialect."""
     show = valves.SHOW_THINKING
-    if request.dialect == "browser":
-        return _BrowserWriter(clock, show)
-    if request.dialect == "browser_json":
-        return _BrowserJSONWriter(clock, show)
+    if request.dialect in ("browser", "browser_json"):
+        return (_BrowserWriter if request.dialect == "browser" else _BrowserJSONWriter)(clock, show)
     kinds = {"api_stream": _ChunkWriter, "api_json": _CompletionWriter, "task": _TaskWriter}
     model = str(request.body.get("model") or request.model)
     return kinds[request.dialect](model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), show)
@@ -8542,10 +8516,7 @@ class Emitter:
         clock: Callable[[], float],
         page: ErrorPage = _PLAIN_PAGE,
     ) -> None:
-        self._writer = writer
-        self._outlet = outlet
-        self._emit = emit
-        self._clock = clock
+        self._writer, self._outlet, self._emit, self._clock = writer, outlet, emit, clock
         self.began_at: float | None = None  # when the model began to write
         self._first_at: float | None = None  # the same in this upstream call
         self._writing_s = 0.0  # for how long it wrote in those that have ended
@@ -8620,12 +8591,8 @@ class Emitter:
             return
         begun = progress.status == "in_progress"
         text = words[0] if begun else words[2 if progress.status in _FAILED_STATUSES else 1]
-        if not text:
-            await self._emit_status(StatusUpdate(words[0], done=True, hidden=True))
-            return
-        await self._emit_status(
-            StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
-        )
+        update = StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
+        await self._emit_status(update if text else StatusUpdate(words[0], done=True, hidden=True))
 
     async def _emit_tool_prompt(self, started: ToolStarted) -> None:
         """What is being run, where no card shows it."""
