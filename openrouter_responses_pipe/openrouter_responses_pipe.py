@@ -8742,10 +8742,8 @@ _DOWNLOAD_FAILURES: Final[dict[type[BaseException], str]] = {
     socket.gaierror: "its server's name is not known",
     aiohttp.ClientConnectorCertificateError: "its server's certificate could not be verified",
     aiohttp.ClientConnectorError: "its server could not be reached",
-    aiohttp.ClientPayloadError: "the connection was cut",
-    aiohttp.ServerDisconnectedError: "the connection was cut",
-    aiohttp.ClientResponseError: "the answer is not valid",
-    HttpProcessingError: "the answer is not valid",
+    **dict.fromkeys((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError), "the connection was cut"),
+    **dict.fromkeys((aiohttp.ClientResponseError, HttpProcessingError), "the answer is not valid"),
     ValueError: "its address is not valid",
 }
 
@@ -8834,10 +8832,8 @@ class SafeFetcher:
     async def _judged_addresses(self, url: str) -> list[str]:
         """The addresses that a connection to `url` may go to; a name is looked up once, here."""
         where = _web_address(url, self._allowed_hosts)
-        if where.problem or where.literal:
-            addresses = [where.literal]
-        else:
-            addresses = await self._resolve(where.host, where.port)
+        is_given = where.problem or where.literal
+        addresses = [where.literal] if is_given else await self._resolve(where.host, where.port)
         if reason := _is_safe_url(url, addresses, self._allowed_hosts):
             raise UnsafeURLError(f"The file was not downloaded: {reason}")
         return addresses
@@ -8925,7 +8921,7 @@ class MediaIntake:
         """What could be had, and of the rest why not; the first of `refs` are the most important."""
         errand = _Errand(request, settings)
         pictures = [ref for ref in refs if ref.kind == "image"]
-        found = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
+        found = dict.fromkeys(pictures[settings.most_images :], MediaBlob(reason="many pictures"))
         ahead: deque[tuple[MediaRef, asyncio.Task[MediaBlob]]] = deque()
         async with asyncio.TaskGroup() as group:
             for ref in [ref for ref in refs if ref not in found]:
@@ -8962,11 +8958,9 @@ class MediaIntake:
         if file_id := _host_file_id(ref.address, settings.webui_url):
             return await self._read(file_id, request, most)
         if not settings.keeps_media:
-            blob, _ = await self._download(ref, errand)
-            return blob
+            return (await self._download(ref, errand))[0]
         kept_id = _kept_id(request.user_id, ref.address)
-        one_at_a_time = self._keeping.setdefault(kept_id, asyncio.Lock())
-        async with one_at_a_time:  # whoever comes second finds the copy
+        async with self._keeping.setdefault(kept_id, asyncio.Lock()):  # who comes second finds the copy
             with contextlib.suppress(InputError):
                 return await self._read(kept_id, request, most)
             blob, content = await self._download(ref, errand)
@@ -8986,10 +8980,8 @@ class MediaIntake:
         settings = errand.settings
         most = min(settings.most_bytes, settings.most_remote_bytes)
         most = settings.most_video_bytes if ref.kind == "video" else most
-        fetcher = self._fetchers.get(settings.trusted_hosts)
-        if fetcher is None:
-            fetcher = SafeFetcher(settings.trusted_hosts, self._resolve_name)
-            self._fetchers[settings.trusted_hosts] = fetcher
+        fresh = SafeFetcher(settings.trusted_hosts, self._resolve_name)
+        fetcher = self._fetchers.setdefault(settings.trusted_hosts, fresh)
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
             async with self._downloads:
@@ -9010,8 +9002,7 @@ class _Errand:
     __slots__ = ("_most", "_size", "is_full", "request", "settings")
 
     def __init__(self, request: ChatRequest, settings: RequestSettings) -> None:
-        self.request = request
-        self.settings = settings
+        self.request, self.settings = request, settings
         self.is_full = False
         self._size = 0  # in bytes
         self._most = settings.most_bytes + settings.most_video_bytes
@@ -9020,8 +9011,9 @@ class _Errand:
         """`blob`, or why there is no room for it; to be asked in the order of importance."""
         self.is_full = self.is_full or self._size + blob.size > self._most
         if self.is_full and not blob.reason:
-            words = f"All files together are larger than {_megabytes(self._most)}"
-            return MediaBlob(name=blob.name, reason=words)
+            return MediaBlob(
+                name=blob.name, reason=f"All files together are larger than {_megabytes(self._most)}"
+            )
         self._size += blob.size
         return blob
 
@@ -9047,7 +9039,6 @@ _KINDS_BY_MIME: Final[dict[str, tuple[str, re.Pattern[str]]]] = {
     "video": ("a film", re.compile(r"video/.+")),
     "file": ("a file", re.compile(r".*")),
 }
-_ONE_TOO_MANY: Final = MediaBlob(reason="many pictures")
 _MEDIA_AT_ONCE: Final = 16
 _MEDIA_AT_ONCE_PER_REQUEST: Final = 4
 _SHOWN_DOWNLOAD_S: Final = 5.0
