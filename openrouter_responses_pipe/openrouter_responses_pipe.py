@@ -10199,12 +10199,9 @@ class CircuitBreaker:
         """Whether the tool may be called now; if it is open, this is the one call that tries."""
         key, now = (user_id, tool), self._clock()
         until = self._open_until.get(key)
-        if until is None:
-            return True
-        if now < until:
-            return False
-        self._open_until[key] = now + limits.window_s  # others wait for the end of this one
-        return True
+        if until is not None and now >= until:
+            self._open_until[key] = now + limits.window_s  # others wait for the end of this one
+        return until is None or now >= until
 
     def record(self, user_id: str, tool: str, limits: ToolLimits, *, failed: bool) -> bool:
         """Note the end of a call. Returns whether the tool is left alone from now on."""
@@ -10220,11 +10217,11 @@ class CircuitBreaker:
         while times and times[0] <= now - limits.window_s:
             times.popleft()
         was_open = key in self._open_until
-        if was_open or len(times) >= limits.failures:
+        opens = was_open or len(times) >= limits.failures
+        if opens:
             _drop_oldest(self._open_until, _MOST_WATCHED)
             self._open_until[key] = now + limits.window_s
-            return not was_open
-        return False
+        return opens and not was_open
 
 
 _MOST_WATCHED: Final = 10_000
@@ -10312,8 +10309,7 @@ class ToolOrchestrator:
         loop = asyncio.get_running_loop()
         context.note_round(calls)
         while len(context.workers) < min(context.limits.at_once, len(calls)):
-            worker = loop.create_task(self._tool_worker_loop(context), name="tool worker")
-            context.workers.append(worker)
+            context.workers.append(loop.create_task(self._tool_worker_loop(context), name="tool worker"))
         results: asyncio.Queue[ToolResult] = asyncio.Queue()
         deadline = loop.time() + context.limits.batch_timeout_s
         found: dict[str, ToolResult] = {}
@@ -10401,10 +10397,9 @@ class ToolOrchestrator:
         if left <= 0:
             self._gate.leave()
             raise ToolInputError("There was no time left for this call in its round")
-        words = f"The tool did not finish within {_in_words(own)}"
-        if left < own:
-            round_s = _in_words(context.limits.batch_timeout_s)
-            words = f"The calls of this round took longer than {round_s} together"
+        round_s = _in_words(context.limits.batch_timeout_s)
+        of_round = f"The calls of this round took longer than {round_s} together"
+        words = of_round if left < own else f"The tool did not finish within {_in_words(own)}"
         return await self._within(call_and_read(), min(left, own), words)
 
     async def _within(self, work: Coroutine[Any, Any, ToolResult], seconds: float, words: str) -> ToolResult:
