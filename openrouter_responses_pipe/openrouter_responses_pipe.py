@@ -10592,10 +10592,9 @@ class StreamingEngine:
         wait = _RetryWait(policy.longest_wait_s)
         try:
             await self._stream_responses(connection, request, call)
+            return
         except PipeError as error:
             failures = [error]
-        else:
-            return
 
         async def attempt() -> None:
             if failures:
@@ -10623,20 +10622,14 @@ class StreamingEngine:
     async def _stream_responses(
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
     ) -> None:
-        items = len(request.body.get("input") or request.body.get("messages") or ())
-        tools = len(request.body.get("tools") or ())
-        LOGGER.debug(
-            "asking %s for %s: items %d, tools %d", request.api.path, request.body["model"], items, tools
-        )
-        async with self._client.open_stream(connection, request.api.path, request.body) as reads:
+        path, body = request.api.path, request.body
+        items, tools = len(body.get("input") or body.get("messages") or ()), len(body.get("tools") or ())
+        LOGGER.debug("asking %s for %s: items %d, tools %d", path, body["model"], items, tools)
+        async with self._client.open_stream(connection, path, body) as reads:
             LOGGER.debug("the answer begins")
             call.begin(request.api)
             await self._consume_sse(reads, call)
-        self._log_unknown(call.state)
-
-    def _log_unknown(self, state: StreamState) -> None:
-        fresh = set(state.unknown) - self._unknown
-        if fresh:
+        if fresh := set(call.state.unknown) - self._unknown:
             self._unknown |= fresh
             LOGGER.info("event types that this version does not know: %s", ", ".join(sorted(fresh)))
 
@@ -10697,7 +10690,8 @@ class StreamingEngine:
         while True:
             frames, slot = await queues.chunks.get()
             events = parse_frames(frames)
-            slot.set_result(await asyncio.to_thread(list, events) if _is_heavy(frames) else list(events))
+            is_heavy = max(map(len, frames), default=0) > _HEAVY_FRAME_BYTES
+            slot.set_result(await asyncio.to_thread(list, events) if is_heavy else list(events))
 
     async def _drain_event_queue(self, queues: _ChunkQueues, call: _UpstreamCall) -> None:
         while True:
@@ -10716,10 +10710,6 @@ def _says_done(frames: list[SSEFrame], decoder: SSEDecoder) -> bool:
     return (bool(frames) and frames[-1].strip() == _DONE) or decoder.open_lines == [_DONE]
 
 
-def _is_heavy(frames: list[SSEFrame]) -> bool:
-    return max(map(len, frames), default=0) > _HEAVY_FRAME_BYTES
-
-
 def _first_failure(failures: BaseExceptionGroup) -> BaseException:
     """What the group failed of: a PipeError if there is one, else whatever came first."""
     flat: list[BaseException] = []
@@ -10730,54 +10720,20 @@ def _first_failure(failures: BaseExceptionGroup) -> BaseException:
 
 def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> tuple[UpstreamRequest | None, str]:
     """The request changed so that this refusal does not come again, or None; what the person is told."""
-    for refused, change, notice in _REPAIRS:
-        if refused(error):
-            return change(request), notice
-    return None, ""
-
-
-def _is_wrong_endpoint(error: OpenRouterAPIError) -> bool:
-    return error.code == _WRONG_ENDPOINT
-
-
-def _is_foreign_reasoning(error: OpenRouterAPIError) -> bool:
-    """The provider that serves now cannot read the reasoning of the one that served before."""
-    words = error.detail.lower()
-    return error.status == 400 and any(word in words for word in _REASONING_WORDS)
+    body, notice = None, ""
+    if error.code == _WRONG_ENDPOINT:
+        return request.chat_body and UpstreamRequest(request.chat_body(), CHAT), ""
+    if error.status == 400 and any(word in error.detail.lower() for word in _REASONING_WORDS):
+        # The provider that serves now cannot read the reasoning of the one that served before.
+        body = _without_reasoning(request.body) if request.api is RESPONSES else None
+    elif error.status == 404 and "support tool use" in error.detail:
+        # The catalog said that the model takes tools; no provider that is left does.
+        body, notice = _without_tools(request.body), _TOOLLESS
+    return None if body is None else request._replace(body=body), notice
 
 
 _REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
-
-
-def _for_chat(request: UpstreamRequest) -> UpstreamRequest | None:
-    return None if request.chat_body is None else UpstreamRequest(request.chat_body(), CHAT)
-
-
-def _for_stranger(request: UpstreamRequest) -> UpstreamRequest | None:
-    body = _without_reasoning(request.body) if request.api is RESPONSES else None
-    return None if body is None else request._replace(body=body)
-
-
-def _takes_no_tools(error: OpenRouterAPIError) -> bool:
-    """The catalog said that the model takes tools; no provider that is left does."""
-    return error.status == 404 and "support tool use" in error.detail
-
-
-def _for_toolless(request: UpstreamRequest) -> UpstreamRequest | None:
-    body = _without_tools(request.body)
-    return None if body is None else request._replace(body=body)
-
-
-# which refusal -> what changes the request, and what the person is told of it
-_REPAIRS: Final = (
-    (_is_wrong_endpoint, _for_chat, ""),
-    (_is_foreign_reasoning, _for_stranger, ""),
-    (
-        _takes_no_tools,
-        _for_toolless,
-        "No provider of this model can use tools now; the answer was written without them.",
-    ),
-)
+_TOOLLESS: Final = "No provider of this model can use tools now; the answer was written without them."
 
 
 class _UpstreamCall:
@@ -10823,22 +10779,12 @@ class _UpstreamCall:
         raise error
 
 
-_VISIBLE: Final = (
-    TextDelta,
-    RefusalDelta,
-    ReasoningDelta,
-    ToolRequested,
-    CitationFound,
-    MediaProduced,
-    TurnEnded,
-)
-
-
 def _is_visible(emission: Emission) -> bool:
     """Whether a second try would show it twice; a reasoning card without text is used again."""
-    return isinstance(emission, _VISIBLE) and (
-        not isinstance(emission, ReasoningDelta) or bool(emission.text)
-    )
+    return bool(emission.text) if isinstance(emission, ReasoningDelta) else isinstance(emission, _VISIBLE)
+
+
+_VISIBLE: Final = (TextDelta, RefusalDelta, ToolRequested, CitationFound, MediaProduced, TurnEnded)
 
 
 async def _drain(reads: _Reads) -> None:
