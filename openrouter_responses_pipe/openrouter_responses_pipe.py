@@ -10842,11 +10842,8 @@ class ImageResults:
             blob = await _in_thread(lambda: _blob_of(content, "picture"), len(content))
             _check_kind(MediaRef("image", ""), blob)
             url = f"data:{blob.mime};base64,{data}"
-            if (
-                request.user_id
-                and request.chat_id
-                and not request.chat_id.startswith(("temporary:", "local:"))
-            ):
+            is_saved = bool(request.chat_id) and not request.chat_id.startswith(("temporary:", "local:"))
+            if request.user_id and is_saved:
                 file_id = str(uuid.uuid4())
                 suffix = blob.mime.rpartition("/")[2].replace("jpeg", "jpg")
                 named = blob._replace(name=f"picture.{suffix}")
