@@ -4529,40 +4529,22 @@ _PUBLISH_WAIT_S: Final = 1.0
 
 _PLAIN_SETTINGS: Final = RequestSettings()
 _NOTHING_TAKEN_IN: Final = Intake()
-
-
-# what is left out -> (one of it, several); None: only the log need know
-_LEFT_OUT: Final[dict[str, tuple[str, str] | None]] = {
-    "picture": ("a picture, because this model cannot see", "{} pictures, because this model cannot see"),
-    "unreadable picture": ("a picture that could not be read", "{} pictures that could not be read"),
-    "file": ("a file that could not be read", "{} files that could not be read"),
-    "large file": ("a file that is too large", "{} files that are too large"),
-    "recording": (
-        "a recording, because this model cannot hear",
-        "{} recordings, because this model cannot hear",
-    ),
-    "recording format": (
-        "a recording that is neither WAV nor MP3",
-        "{} recordings that are neither WAV nor MP3",
-    ),
-    "film": (
-        "a film, because this model cannot watch films",
-        "{} films, because this model cannot watch films",
-    ),
-    "many pictures": (
-        "a picture, because there are too many in this chat",
-        "{} pictures, because there are too many in this chat",
-    ),
+# what is left out -> (one of it, several, how the sentence goes on); None: only the log need know
+_LEFT_OUT: Final[dict[str, tuple[str, str, str] | None]] = {
+    "picture": ("a picture", "{} pictures", ", because this model cannot see"),
+    "unreadable picture": ("a picture", "{} pictures", " that could not be read"),
+    "file": ("a file", "{} files", " that could not be read"),
+    "large file": ("a file that is", "{} files that are", " too large"),
+    "recording": ("a recording", "{} recordings", ", because this model cannot hear"),
+    "recording format": ("a recording that is", "{} recordings that are", " neither WAV nor MP3"),
+    "film": ("a film", "{} films", ", because this model cannot watch films"),
+    "many pictures": ("a picture", "{} pictures", ", because there are too many in this chat"),
     "refused": None,  # each is named
-    "block": ("a part of a message that cannot be sent yet", "{} parts of messages that cannot be sent yet"),
-    "role": ("a message of an unknown kind", "{} messages of an unknown kind"),
+    "block": ("a part of a message", "{} parts of messages", " that cannot be sent yet"),
+    "role": ("a message", "{} messages", " of an unknown kind"),
     "tool": None,  # said where it is known whether somebody chose them
-    "second tool of a name": None,
-    "unanswered call": None,
-    "output without call": None,
+    **dict.fromkeys(("second tool of a name", "unanswered call", "output without call"), None),
 }
-
-
 _UNNAMED: Final = {"image": "a picture", "file": "a file", "audio": "a recording", "video": "a film"}
 
 
@@ -4610,7 +4592,7 @@ class _History:
         for what, count in self.left_out.items():
             words = _LEFT_OUT[what]
             if words is not None:
-                sentences.append(f"Not sent to the model: {words[count > 1].format(count)}.")
+                sentences.append(f"Not sent to the model: {words[count > 1].format(count)}{words[2]}.")
         return tuple(sentences)
 
     def unique_call_id(self, call_id: str) -> str:
@@ -4774,16 +4756,13 @@ def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
 _RETAINED_CHARS: Final = 1_000
 
 
-def _extract_system_prompt(
-    messages: Sequence[Mapping[str, Any]],
-) -> tuple[str, Sequence[Mapping[str, Any]]]:
+def _extract_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
     """(the text of the leading system messages, the messages after them)."""
     texts: list[str] = []
     for position, message in enumerate(messages):
         if message.get("role") not in ("system", "developer"):
             return "\n\n".join(texts), messages[position:]
-        text = _plain_text(message.get("content"))
-        if text.strip():
+        if (text := _plain_text(message.get("content"))).strip():
             texts.append(text)
     return "\n\n".join(texts), ()
 
@@ -4808,17 +4787,8 @@ def _plain_text(content: Any) -> str:
 
 
 def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    content = message.get("content")
-    parts: list[JSONObject] = []
-    if isinstance(content, str) and content:
-        parts.append({"type": "input_text", "text": content})
-    for block in content if isinstance(content, list) else []:
-        kind = str(_mapping(block).get("type") or "")
-        convert = _TO_INPUT.get(kind)
-        if convert is None:
-            history.leave_out("block")
-        elif part := convert(_mapping(block), spec, history):
-            parts.append(part)
+    blocks = map(_mapping, _blocks(message.get("content")))
+    parts = [part for block in blocks if (part := _input_part(block, spec, history))]
     if parts:
         if history.shown:
             parts = [{"type": "input_text", "text": _SHOWN_ABOVE}, *history.shown, *parts]
@@ -4827,16 +4797,14 @@ def _add_user(history: _History, message: Mapping[str, Any], spec: ModelSpec) ->
 
 
 def _add_system(history: _History, message: Mapping[str, Any], spec: ModelSpec) -> None:
-    text = _plain_text(message.get("content"))
-    if text.strip():
+    if (text := _plain_text(message.get("content"))).strip():
         part = {"type": "input_text", "text": text}
         history.items.append({"type": "message", "role": message["role"], "content": [part]})
 
 
 def _add_answer(history: _History, text: str, phase: str = "") -> None:
     """An earlier answer; the easy form needs neither the id nor the status that the full form asks for."""
-    text = _clean_answer(text)
-    if text.strip():
+    if (text := _clean_answer(text)).strip():
         item: JSONObject = {"type": "message", "role": "assistant", "content": text}
         history.items.append({**item, "phase": phase} if phase else item)
 
@@ -4871,8 +4839,6 @@ def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
 _MARKER_LINE_RE: Final = re.compile(r"^[ \t]*\[[0-9A-HJKMNP-TV-Z]{26}\]: #[^\n]*(?:\n|\Z)", re.MULTILINE)
 _DETAILS_RE: Final = re.compile(r'<details\s[^<>]*type="(?:reasoning|tool_calls|code_interpreter)"[^<>]*>')
 _THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
-
-
 _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
     "user": _add_user,
     "assistant": lambda history, message, spec: _add_answer(history, _plain_text(message.get("content"))),
@@ -4923,7 +4889,6 @@ def _output_item(call_id: str, output: str) -> JSONObject:
 
 
 # Reasoning that goes back to the model as it came
-
 
 _CARRIER: Final = "openrouter_responses_pipe"
 # kind of thing a record holds -> of which key; what an entry of a record is, is said by its one key
@@ -5001,9 +4966,8 @@ class TurnRecord:
                 call = self._calls[number]
                 history.items.append(_call_item(call, call.call_id, names))
             elif "message" in entry:
-                _add_answer(
-                    history, self._texts[number].strip(), _text(entry.get("phase")) if is_kept else ""
-                )
+                phase = _text(entry.get("phase")) if is_kept else ""
+                _add_answer(history, self._texts[number].strip(), phase)
             else:
                 history.items += _hidden_items(entry)
         return history.items
@@ -5018,10 +4982,11 @@ def _said_in(payload: Mapping[str, Any]) -> str:
 def _replayable(payload: Mapping[str, Any]) -> list[JSONObject]:
     """A reasoning item as it may be sent again; none if there is nothing in it that a provider would read."""
     details = _objects(payload.get("reasoning_details"))
-    if details:
-        return _from_chat_details(details)
-    item = _reasoning_item(payload)
-    return [item] if item else []
+    return _from_chat_details(details) if details else _reasoning_items([payload])
+
+
+def _reasoning_items(values: Iterable[Any]) -> list[JSONObject]:
+    return [item for item in map(_reasoning_item, values) if item is not None]
 
 
 def _reasoning_item(value: Any) -> JSONObject | None:
@@ -5031,8 +4996,10 @@ def _reasoning_item(value: Any) -> JSONObject | None:
         for field, part in _mapping(value).items()
         if isinstance(part, _REASONING_FIELDS.get(field, ()))
     }
-    if not all(_is_part(part, kind) for field, kind in _PART_KINDS for part in known.get(field, ())):
-        return None
+    for field, kind in (("summary", "summary_text"), ("content", "reasoning_text")):
+        parts = map(_mapping, known.get(field, ()))
+        if not all(part.get("type") == kind and isinstance(part.get("text"), str) for part in parts):
+            return None
     texts = any(part["text"] for part in known.get("content", ()))
     if not (known.get("encrypted_content") or known.get("signature") or texts):
         return None
@@ -5040,21 +5007,12 @@ def _reasoning_item(value: Any) -> JSONObject | None:
     return {"type": "reasoning", "summary": [], **known}
 
 
-_PART_KINDS: Final = (("summary", "summary_text"), ("content", "reasoning_text"))
-
-
-def _is_part(value: Any, kind: str) -> bool:
-    part = _mapping(value)
-    return part.get("type") == kind and isinstance(part.get("text"), str)
-
-
 def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]:
     """Reasoning items of `reasoning_details`, as `/chat/completions` gives them (reference §13)."""
     items: dict[str, JSONObject] = {}
     named: dict[Any, str] = {}  # the id of what stands at an index
     for detail in details:
-        kind = detail.get("type")
-        row = _DETAIL_KINDS.get(kind) if isinstance(kind, str) else None
+        row = _DETAIL_KINDS.get(_text(detail.get("type")))
         if row is None:
             continue
         index = detail["index"] if isinstance(detail.get("index"), int) else None
@@ -5070,8 +5028,7 @@ def _from_chat_details(details: Iterable[Mapping[str, Any]]) -> list[JSONObject]
             _add_part(item, field, {"type": part_type, "text": _text(detail.get(key))}, detail)
         else:
             item[field] = _text(detail.get(key))
-    found = (_reasoning_item(item) for item in items.values())
-    return [item for item in found if item is not None]
+    return _reasoning_items(items.values())
 
 
 def _add_part(item: JSONObject, field: str, part: JSONObject, detail: Mapping[str, Any]) -> None:
@@ -5096,12 +5053,11 @@ _DETAIL_KINDS: Final[dict[str, tuple[str, str, str]]] = {
 def _to_chat_details(item: Mapping[str, Any]) -> list[JSONObject]:
     """`reasoning_details` of a reasoning item, for `/chat/completions`."""
     named = {field: item[field] for field in ("id", "format") if item.get(field)}
-    details: list[JSONObject] = []
-    for part in item.get("summary", ()):
-        details.append({"type": "reasoning.summary", "summary": part.get("text", ""), **named})
-    for part in item.get("content", ()):
-        signed = {"signature": item["signature"]} if item.get("signature") else {}
-        details.append({"type": "reasoning.text", "text": part.get("text", ""), **signed, **named})
+    signed = {"signature": item["signature"]} if item.get("signature") else {}
+    summary = [part.get("text", "") for part in item.get("summary", ())]
+    texts = [part.get("text", "") for part in item.get("content", ())]
+    details = [{"type": "reasoning.summary", "summary": text, **named} for text in summary]
+    details += [{"type": "reasoning.text", "text": text, **signed, **named} for text in texts]
     if item.get("encrypted_content"):
         details.append({"type": "reasoning.encrypted", "data": item["encrypted_content"], **named})
     return [{**detail, "index": index} for index, detail in enumerate(details)]
@@ -5114,12 +5070,9 @@ def _entries_of(
 
     What nobody sealed may have been made by hand: of that only reasoning is believed, and no great lot.
     """
-    details = _objects(message.get("reasoning_details"))
-    if not details:
-        return []
     entries: list[Mapping[str, Any]] = []
     unsealed: list[Mapping[str, Any]] = []
-    for detail in details:
+    for detail in _objects(message.get("reasoning_details")):
         if detail.get("type") != _CARRIER:
             unsealed.append(detail)
         elif key := _carried(detail):
@@ -5144,15 +5097,12 @@ def _is_small(value: Any) -> bool:
         return False
 
 
-def _reasoning_of(entry: Mapping[str, Any]) -> list[JSONObject]:
-    items = [entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all"))
-    return [item for item in map(_reasoning_item, items) if item is not None]
-
-
 def _hidden_items(entry: Mapping[str, Any]) -> list[JSONObject]:
     """What of an entry only the record holds."""
     tool = _mapping(entry.get("tool"))
-    return [dict(tool)] if tool.get("type") in _REPLAYED_TOOLS else _reasoning_of(entry)
+    if tool.get("type") in _REPLAYED_TOOLS:
+        return [dict(tool)]
+    return _reasoning_items([entry["reasoning"]] if "reasoning" in entry else _objects(entry.get("all")))
 
 
 def _add_replayed(
@@ -5191,8 +5141,7 @@ def _split_answer(text: str, messages: TurnEntries) -> list[str] | None:
     """
     if not messages:
         return [text]
-    chars = [entry.get("chars") for entry in messages]
-    lengths = [length if isinstance(length, int) else -1 for length in chars]
+    lengths = [chars if isinstance(chars := entry.get("chars"), int) else -1 for entry in messages]
     found = _pieces_of(text, messages, lengths)
     if found is not None:
         return ["", *found]
@@ -5221,22 +5170,25 @@ def _pieces_of(
 # Content blocks
 
 
-def _to_input_text(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    text = block.get("text")
-    return {"type": "input_text", "text": text} if isinstance(text, str) and text else None
+def _input_part(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+    """A content block as it is sent; None if it is not, which `history` then knows."""
+    if block.get("type") in ("text", "input_text"):
+        text = _text(block.get("text"))
+        return {"type": "input_text", "text": text} if text else None
+    kind = _MEDIA_KINDS.get(_text(block.get("type")))
+    if kind is None:
+        return history.leave_out("block")
+    if not kind.is_taken(spec):
+        return history.leave_out(_NOT_TAKEN[kind.name])
+    name = _text((_mapping(block.get("file")) or block).get("filename")) if kind is _FILE else ""
+    blob = history.medium(kind.name, kind.source(block), name)
+    return blob and _TO_INPUT[kind.name](block, blob, history)
 
 
-def _to_input_image(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_images:
-        history.leave_out("picture")
-        return None
-    blob = history.medium("image", _image_source(block))
-    if blob is None:
-        return None
+def _to_input_image(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     is_drawing = blob.url.startswith("data:image/svg")  # no model takes one, and the request would fail
     if is_drawing or not blob.url.startswith(("data:image/", "https://")):
-        history.leave_out("unreadable picture")
-        return None
+        return history.leave_out("unreadable picture")
     if not _fits(blob.url, history, "unreadable picture"):
         return None
     history.pictures += 1
@@ -5265,23 +5217,17 @@ def _fits(source: str, history: _History, damaged: str, most_bytes: int | None =
 def _is_base64_within(
     source: str, start: int, history: _History, damaged: str, most_bytes: int | None = None
 ) -> bool:
-    if not _BASE64_HEAD_RE.fullmatch(source[start : start + 64]):
-        history.leave_out(damaged)
-        return False
-    if _base64_bytes(source, start) > (most_bytes or history.settings.most_bytes):
-        history.leave_out("large file")
+    is_damaged = not _BASE64_HEAD_RE.fullmatch(source[start : start + 64])
+    if is_damaged or _base64_bytes(source, start) > (most_bytes or history.settings.most_bytes):
+        history.leave_out(damaged if is_damaged else "large file")
         return False
     return True
 
 
-def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
+def _to_input_file(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     """A file as chat or `/responses` has it; a model that does not read files gets the text of a PDF."""
     file = _mapping(block.get("file")) or block
-    name = _text(file.get("filename"))
-    blob = history.medium("file", _file_source(block), name)
-    if blob is None:
-        return None
-    source, name = blob.url, name or blob.name
+    source, name = blob.url, _text(file.get("filename")) or blob.name
     if blob.text:
         return {"type": "input_text", "text": _file_as_text(name, blob.text)}
     if source.startswith("https://"):
@@ -5289,11 +5235,10 @@ def _to_input_file(block: Mapping[str, Any], spec: ModelSpec, history: _History)
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_url": source}
     if not source and _text(file.get("file_id")):
         return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_id": file["file_id"]}
-    if source and not source.startswith("data:"):
-        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not source:
-        history.leave_out("file")
-        return None
+        return history.leave_out("file")
+    if not source.startswith("data:"):
+        source = f"data:{_guessed_mime(name) or 'application/pdf'};base64,{source}"
     if not _fits(source, history, "file"):
         return None
     return {"type": "input_file", "filename": name or _NAMELESS_FILE, "file_data": source}
@@ -5307,18 +5252,11 @@ _NAMELESS_FILE: Final = "file.pdf"
 _NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
 
 
-def _to_input_audio(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_audio:
-        history.leave_out("recording")
-        return None
-    blob = history.medium("audio", _audio_source(block))
-    if blob is None:
-        return None
+def _to_input_audio(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     kind, data = blob.mime or _text(_mapping(block.get("input_audio")).get("format")), blob.url
     kind = _AUDIO_FORMATS.get(kind, kind)
     if kind not in ("wav", "mp3"):
-        history.leave_out("recording format")
-        return None
+        return history.leave_out("recording format")
     start = data.find(",", 0, _MAX_URL_CHARS) + 1  # behind the head of a data URL, if there is one
     if not _is_base64_within(data, start, history, "file"):
         return None
@@ -5331,35 +5269,20 @@ _AUDIO_FORMATS: Final = {
 }
 
 
-def _to_input_video(block: Mapping[str, Any], spec: ModelSpec, history: _History) -> JSONObject | None:
-    if not spec.takes_video:
-        history.leave_out("film")
-        return None
-    blob = history.medium("video", _video_source(block))
-    if blob is None:
-        return None
-    url = blob.url
-    if not url.startswith(("data:video/", "https://")):
-        history.leave_out("file")
-        return None
-    if not _fits(url, history, "file", history.settings.most_video_bytes):
-        return None
-    return {"type": "input_video", "video_url": url}
+def _to_input_video(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
+    if not blob.url.startswith(("data:video/", "https://")):
+        return history.leave_out("file")
+    fits = _fits(blob.url, history, "file", history.settings.most_video_bytes)
+    return {"type": "input_video", "video_url": blob.url} if fits else None
 
 
 _IMAGE_DETAILS: Final = ("auto", "low", "high", "original")
-
-
-_TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], ModelSpec, _History], JSONObject | None]]] = {
-    "text": _to_input_text,
-    "input_text": _to_input_text,
-    "image_url": _to_input_image,
-    "input_image": _to_input_image,
+_NOT_TAKEN: Final = {"image": "picture", "audio": "recording", "video": "film"}  # rows of `_LEFT_OUT`
+_TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], MediaBlob, _History], JSONObject | None]]] = {
+    "image": _to_input_image,
     "file": _to_input_file,
-    "input_file": _to_input_file,
-    "input_audio": _to_input_audio,
-    "video_url": _to_input_video,
-    "input_video": _to_input_video,
+    "audio": _to_input_audio,
+    "video": _to_input_video,
 }
 
 
@@ -5386,22 +5309,17 @@ def _audio_source(block: Mapping[str, Any]) -> str:
     return _text(_mapping(block.get("input_audio")).get("data")) or _at(block, "input_audio")
 
 
-def _video_source(block: Mapping[str, Any]) -> str:
-    return _at(block, "video_url")
-
-
 def _host_file_address(file_id: str) -> str:
     return f"/api/v1/files/{file_id}/content"
 
 
 _IMAGE: Final = MediaKind("image", _image_source, lambda spec: spec.takes_images)
 _FILE: Final = MediaKind("file", _file_source, lambda spec: True)
-_AUDIO: Final = MediaKind("audio", _audio_source, lambda spec: spec.takes_audio)
-_VIDEO: Final = MediaKind("video", _video_source, lambda spec: spec.takes_video)
+_VIDEO: Final = MediaKind("video", lambda block: _at(block, "video_url"), lambda spec: spec.takes_video)
 _MEDIA_KINDS: Final[dict[str, MediaKind]] = {
     **dict.fromkeys(("image_url", "input_image"), _IMAGE),
     **dict.fromkeys(("file", "input_file"), _FILE),
-    "input_audio": _AUDIO,
+    "input_audio": MediaKind("audio", _audio_source, lambda spec: spec.takes_audio),
     **dict.fromkeys(("video_url", "input_video"), _VIDEO),
 }
 
@@ -5483,8 +5401,7 @@ def _shown_parts(addresses: Iterable[str], intake: Intake, settings: RequestSett
     for address in addresses:
         if not address.startswith("data:image/"):
             urls.append(intake.media.get(MediaRef("image", address, True), _NO_MEDIUM).url)
-            continue
-        if _is_picture_data(address, settings.most_bytes):
+        elif _is_picture_data(address, settings.most_bytes):
             urls.append(address)
     return [_image_part(url) for url in urls if url]
 
@@ -5624,13 +5541,13 @@ def _blocks(content: Any) -> list[Any]:
 
 def _sent_whole(blocks: Mapping[str, JSONObject], intake: Intake) -> frozenset[str]:
     """The keys of the files that could be had."""
-
-    def blob(block: JSONObject) -> MediaBlob:
-        kind = _MEDIA_KINDS.get(block["type"])
-        ref = MediaRef(kind.name, kind.source(block)) if kind else None
-        return intake.media.get(ref, _NO_MEDIUM) if ref else _NO_MEDIUM
-
-    return frozenset(key for key, block in blocks.items() if not blob(block).reason)
+    failed = {
+        key
+        for key, block in blocks.items()
+        if (kind := _MEDIA_KINDS.get(block["type"]))
+        and intake.media.get(MediaRef(kind.name, kind.source(block)), _NO_MEDIUM).reason
+    }
+    return frozenset(blocks.keys() - failed)
 
 
 def _without_passages(
@@ -5645,7 +5562,6 @@ def _without_passages(
     if is_apart and _PASSAGE in last and not last.endswith(files.user_prompt):
         restored.pop()  # Continue: with no question at the end, they are a message of their own
     for position in range(len(restored) - 1, -1, -1):
-        content = _blocks(messages[position].get("content"))
         first = _first_text(messages[position])
         before = first.removesuffix(files.user_prompt) if files.user_prompt else first
         if not files.user_prompt and not first.strip().endswith(_PASSAGES_END):
@@ -5656,16 +5572,14 @@ def _without_passages(
                 {**block, "text": text.removeprefix(before)}
                 if (text := _text(_mapping(block).get("text")))
                 else block
-                for block in content
+                for block in _blocks(messages[position].get("content"))
             ]
             restored[position] = {**messages[position], "content": plain}
             break
     head = messages[0] if messages else {}
     if head.get("role") == "system":
-        restored[0] = {
-            **head,
-            "content": _without_their_end(_plain_text(head.get("content")), files.system_prompt),
-        }
+        prompt = _without_their_end(_plain_text(head.get("content")), files.system_prompt)
+        restored[0] = {**head, "content": prompt}
     return restored
 
 
@@ -5691,8 +5605,6 @@ _PASSAGES_BEGIN: Final = ("### Task:", "<context>", "<source")
 _PASSAGES_BEGIN_RE: Final = re.compile(r"^(?:### Task:|<context>|<source)", re.MULTILINE)
 _MOST_BEGINNINGS: Final = 20
 _PASSAGES_END: Final = ("</source>", "</context>")
-
-
 _LOOKED_INTO_BY_TOOLS: Final = ("file", "collection", "note", "chat", "folder")
 
 
@@ -5701,12 +5613,11 @@ def _missed_files(files: ChatFiles, whole: Container[str], has_tools: bool) -> t
     if files.is_retrieved:
         return ()
     looked_into = _LOOKED_INTO_BY_TOOLS if has_tools else ()
-    missed = [
-        file
+    names = [
+        _shown_name(_text(file.get("name"))) or _UNNAMED["file"]
         for file in files.files
         if _file_key(file) not in whole and file.get("type", "file") not in looked_into
     ]
-    names = [_shown_name(_text(file.get("name"))) or _UNNAMED["file"] for file in missed]
     return tuple(f"Not sent to the model: {name}. Open WebUI looks into no files for it." for name in names)
 
 
@@ -5782,14 +5693,11 @@ class CompletionsBody(NamedTuple):
             elif rights.is_admin or value == in_force or value in options:
                 continue
             elif name == "provider":
-                parameters[name] = _stricter(
-                    _mapping(in_force), _as_provider(name, value), opened=rights.opened
-                )
+                parameters[name] = _stricter(_mapping(in_force), _as_provider(name, value), rights.opened)
             elif not _matches_any(name, rights.opened):
                 raise InputError(f"The parameter {name} can only be set by an administrator")
-        return self._replace(
-            parameters={name: value for name, value in parameters.items() if value is not None}
-        )
+        sent = {name: value for name, value in parameters.items() if value is not None}
+        return self._replace(parameters=sent)
 
     @property
     def unsent(self) -> tuple[str, ...]:
@@ -5944,15 +5852,16 @@ def _as_texts(name: str, value: Any) -> list[str]:
     return [text for entry in value if (text := _as_text(name, entry).strip())]
 
 
-def _as_objects(name: str, value: Any) -> list[JSONObject]:
-    return [_as_object(name, entry) for entry in _as_list(name, value)]
+def _each_with(field: str, words: str) -> Callable[[str, Any], list[JSONObject]]:
+    """A reader of lists of objects that all have this text."""
 
+    def read(name: str, value: Any) -> list[JSONObject]:
+        entries = [_as_object(name, entry) for entry in _as_list(name, value)]
+        if not all(isinstance(entry.get(field), str) for entry in entries):
+            raise InputError(f"Each entry of the parameter {name} needs {words}")
+        return entries
 
-def _as_plugins(name: str, value: Any) -> list[JSONObject]:
-    plugins = _as_objects(name, value)
-    if not all(isinstance(plugin.get("id"), str) for plugin in plugins):
-        raise InputError(f"Each entry of the parameter {name} needs an id")
-    return plugins
+    return read
 
 
 def _as_transforms(name: str, value: Any) -> list[JSONObject]:
@@ -5986,13 +5895,6 @@ def _typed(
         return wanted
 
     return read
-
-
-def _as_conditions(name: str, value: Any) -> list[JSONObject]:
-    conditions = _as_objects(name, value)
-    if not all(isinstance(condition.get("type"), str) for condition in conditions):
-        raise InputError(f"Each entry of the parameter {name} needs a type")
-    return conditions
 
 
 def _as_modalities(name: str, value: Any) -> list[str]:
@@ -6103,38 +6005,35 @@ _NARROWINGS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     "data_collection": lambda admins, wanted: "deny" if wanted == "deny" else admins,
     "only": _both,
     "quantizations": _both,
-    "ignore": lambda admins, wanted: [
-        *(admins or ()),
-        *(name for name in wanted if name not in (admins or ())),
-    ],
+    "ignore": lambda admins, wanted: [*(had := admins or ()), *(name for name in wanted if name not in had)],
     "max_price": _cheaper,
 }
 
 
-_as_reasoning_fields: Final = _typed(
-    {"effort": str, "max_tokens": int, "summary": str, "enabled": bool, "mode": str, "context": str}
-)
-
-
 def _as_reasoning(name: str, value: Any) -> JSONObject:
-    wanted = _as_reasoning_fields(name, value)
+    wanted = _typed(_REASONING_CHOICES)(name, value)
     wanted.pop("exclude", None)  # chat's; here nothing is shown that nobody wants to see
-    unknown = wanted.keys() - {"effort", "max_tokens", "summary", "enabled", "mode", "context"}
-    if unknown:
+    if unknown := wanted.keys() - _REASONING_CHOICES:
         raise InputError(f"The parameter {name} has no field “{min(unknown)[:40]}”")
     return wanted
+
+
+_REASONING_CHOICES: Final[dict[str, type]] = {
+    **dict.fromkeys(("effort", "summary", "mode", "context"), str),
+    "max_tokens": int,
+    "enabled": bool,
+}
 
 
 def _as_tool_choice(name: str, value: Any) -> Any:
     """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
     value = _decoded(value)
-    function = _mapping(_mapping(value).get("function"))
+    choice = _mapping(value)
+    function, kind = _mapping(choice.get("function")), choice.get("type")
     if function.get("name"):
         return {"type": "function", "name": _as_text(name, function["name"])}
-    kind = _mapping(value).get("type")
-    if value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
-        return value
-    if kind == "function" and isinstance(_mapping(value).get("name"), str):
+    is_named = kind == "function" and isinstance(choice.get("name"), str)
+    if is_named or value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
         return value
     raise InputError(f"The parameter {name} must be auto, none, required, or name a function")
 
@@ -6164,10 +6063,10 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "frequency_penalty": (("frequency_penalty",), _as_number),
     "presence_penalty": (("presence_penalty",), _as_number),
     "top_logprobs": (("top_logprobs",), _as_integer),
-    "max_tokens": (("max_output_tokens",), _as_integer),
-    "max_completion_tokens": (("max_output_tokens",), _as_integer),
-    "num_predict": (("max_output_tokens",), _as_integer),
-    "max_output_tokens": (("max_output_tokens",), _as_integer),
+    **dict.fromkeys(
+        ("max_tokens", "max_completion_tokens", "num_predict", "max_output_tokens"),
+        (("max_output_tokens",), _as_integer),
+    ),
     "reasoning": (("reasoning",), _as_reasoning),
     "reasoning_effort": (("reasoning", "effort"), _as_text),
     "verbosity": (("text", "verbosity"), _as_text),
@@ -6175,10 +6074,10 @@ _PARAMETERS: Final[dict[str, tuple[tuple[str, ...], Callable[[str, Any], Any]]]]
     "tool_choice": (("tool_choice",), _as_tool_choice),
     "parallel_tool_calls": (("parallel_tool_calls",), _as_switch),
     "max_tool_calls": (("max_tool_calls",), _as_integer),
-    "stop_server_tools_when": (("stop_server_tools_when",), _as_conditions),
+    "stop_server_tools_when": (("stop_server_tools_when",), _each_with("type", "a type")),
     "models": (("models",), _as_models),
     "provider": (("provider",), _as_provider),
-    "plugins": (("plugins",), _as_plugins),
+    "plugins": (("plugins",), _each_with("id", "an id")),
     "transforms": (("plugins",), _as_transforms),
     "modalities": (("modalities",), _as_modalities),
     "image_config": (("image_config",), _as_object),
@@ -6257,8 +6156,7 @@ def _set_pdf_engine(payload: JSONObject, settings: RequestSettings) -> None:
     plugins = payload.get("plugins", [])
     is_said = any(plugin.get("id") == "file-parser" for plugin in plugins)
     if settings.pdf_engine and not is_said and any(part.get("type") == "input_file" for part in parts):
-        parser = {"id": "file-parser", "pdf": {"engine": settings.pdf_engine}}
-        payload["plugins"] = [*plugins, parser]
+        payload["plugins"] = [*plugins, {"id": "file-parser", "pdf": {"engine": settings.pdf_engine}}]
 
 
 def _set_identity(payload: JSONObject, settings: RequestSettings) -> None:
@@ -6308,9 +6206,8 @@ _NO_PARAMETERS: Final[Mapping[str, Any]] = {"type": "object", "properties": {}}
 
 
 def _may_offer(host_name: str, settings: RequestSettings) -> bool:
-    is_chosen = settings.available_tools.strip() in ("all", "") or _matches_any(
-        host_name, settings.available_tools
-    )
+    chosen = settings.available_tools
+    is_chosen = chosen.strip() in ("all", "") or _matches_any(host_name, chosen)
     return is_chosen and (settings.only_tools is None or host_name in settings.only_tools)
 
 
@@ -6367,13 +6264,8 @@ def _strict(part: JSONObject) -> JSONObject:
         if not all(name in properties for name in required):
             raise _NotPlainError
         inner = {name: _strict(value) for name, value in properties.items()}
-        strict |= {
-            "properties": {
-                name: value if name in required else _nullable(value) for name, value in inner.items()
-            },
-            "required": list(properties),
-            "additionalProperties": False,
-        }
+        inner = {name: value if name in required else _nullable(value) for name, value in inner.items()}
+        strict |= {"properties": inner, "required": list(properties), "additionalProperties": False}
     if "array" in kinds:
         if "items" not in part:
             raise _NotPlainError
@@ -6385,13 +6277,8 @@ def _strict(part: JSONObject) -> JSONObject:
 
 # what only chat knows; sent as the person or the administrator set it
 _CHAT_ONLY_PARAMETERS: Final = (
-    "stop",
-    "seed",
-    "min_p",
-    "top_a",
-    "repetition_penalty",
-    "logit_bias",
-    "logprobs",
+    *("stop", "seed", "min_p", "top_a"),
+    *("repetition_penalty", "logit_bias", "logprobs"),
 )
 _SHARED_PARAMETERS: Final = (
     *_SAMPLING,
@@ -6411,8 +6298,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     if payload.get("instructions"):
         messages.append({"role": "system", "content": payload["instructions"]})
     for item in payload["input"]:
-        add = _TO_CHAT.get(item["type"])
-        if add is not None:
+        if add := _TO_CHAT.get(item["type"]):
             add(messages, item)
     body: JSONObject = {"model": payload["model"], "messages": messages, "stream": True}
     body["stream_options"] = {"include_usage": True}  # OpenRouter needs no asking, proxies do
@@ -6420,10 +6306,7 @@ def _to_chat_body(payload: JSONObject, parameters: Mapping[str, Any]) -> JSONObj
     body |= {name: parameters[name] for name in _CHAT_ONLY_PARAMETERS if parameters.get(name) is not None}
     if "max_output_tokens" in payload:
         body["max_completion_tokens"] = payload["max_output_tokens"]
-    reasoning = {
-        name: value for name, value in payload.get("reasoning", {}).items() if name in _CHAT_REASONING
-    }
-    if reasoning:
+    if reasoning := {k: v for k, v in payload.get("reasoning", {}).items() if k in _CHAT_REASONING}:
         body["reasoning"] = reasoning
     if "tools" in payload:
         told = ("name", "description", "parameters")
@@ -6443,11 +6326,10 @@ def _add_chat_message(messages: list[JSONObject], item: JSONObject) -> None:
         text_only = all(part["type"] == "text" for part in parts)
         content = "\n".join(part["text"] for part in parts) if text_only else parts
     last = messages[-1] if messages else {}
-    if item["role"] != "assistant" or last.get("role") != "assistant":
-        messages.append({"role": item["role"], "content": content})
-    elif last["content"] is None:
+    continues = item["role"] == last.get("role") == "assistant"
+    if continues and last["content"] is None:
         last["content"] = content  # the reasoning before it belongs to it
-    elif "tool_calls" in last:
+    elif continues and "tool_calls" in last:
         last["content"] = f"{last['content']}\n{content}"  # nothing may stand between a call and its output
     else:
         messages.append({"role": item["role"], "content": content})
@@ -6501,12 +6383,10 @@ _TO_CHAT: Final[dict[str, Callable[[list[JSONObject], JSONObject], None]]] = {
 def _to_chat_text_options(text: JSONObject) -> JSONObject:
     options = {"verbosity": text["verbosity"]} if "verbosity" in text else {}
     form = text.get("format")
-    if form is None:
-        return options
-    if form.get("type") == "json_schema":
+    if form and form.get("type") == "json_schema":
         schema = {key: value for key, value in form.items() if key != "type"}
         form = {"type": "json_schema", "json_schema": schema}
-    return {**options, "response_format": form}
+    return options if form is None else {**options, "response_format": form}
 
 
 def _without_reasoning(payload: JSONObject) -> JSONObject | None:
@@ -6517,12 +6397,8 @@ def _without_reasoning(payload: JSONObject) -> JSONObject | None:
 
 def _without_tools(payload: JSONObject) -> JSONObject | None:
     """`payload` without the tools that it offers; None when it offers none."""
-    if not payload.get("tools"):
-        return None
-    return {key: value for key, value in payload.items() if key not in _TOOL_FIELDS}
-
-
-_TOOL_FIELDS: Final = frozenset({"tools", "tool_choice", "parallel_tool_calls"})
+    kept = {key: value for key, value in payload.items() if key != "tools" and key not in _TOOL_PARAMETERS}
+    return kept if payload.get("tools") else None
 
 
 # ── 10. SSE decoder ──────────────────────────────────────────────────────────
@@ -6805,8 +6681,7 @@ def _find_item(state: StreamState, payload: JSONObject, kind: str) -> _Item:
     if isinstance(index, int) and index in state.by_index:
         return state.by_index[index]
     item_id = payload.get("item_id")
-    known = _named_item(state, index, item_id, kind)
-    return known or _add_item(state, {"type": kind, "id": item_id}, index)
+    return _named_item(state, index, item_id, kind) or _add_item(state, {"type": kind, "id": item_id}, index)
 
 
 def _named_item(state: StreamState, index: Any, item_id: Any, kind: Any) -> _Item | None:
@@ -6862,7 +6737,6 @@ _DELTAS: Final[dict[str, Callable[[int, str, int], Emission]]] = {
     "reasoning": lambda number, text, part: ReasoningDelta(number, text, part, "text"),
 }
 
-
 # Deltas: event type -> (type of its item, part's name, key of the part's number, key of the text)
 _DELTA_EVENTS: Final[dict[str, tuple[str, str, str, str]]] = {
     "response.output_text.delta": ("message", "text", "content_index", "delta"),
@@ -6897,18 +6771,15 @@ def _text_reducers(
     return {event: reducer(*row) for event, row in rows.items()}
 
 
-def _on_call_delta(state: StreamState, payload: JSONObject, kind: str, part: str) -> list[Emission]:
+def _on_call_delta(kind: str, part: str, state: StreamState, payload: JSONObject) -> list[Emission]:
     item = _find_item(state, payload, kind)
     item.parts.setdefault((part, 0), []).append(str(payload.get("delta") or ""))
     return []
 
 
-def _on_call_done(state: StreamState, payload: JSONObject, kind: str, *fields: str) -> list[Emission]:
+def _on_call_done(kind: str, keys: Sequence[str], state: StreamState, payload: JSONObject) -> list[Emission]:
     item = _find_item(state, payload, kind)
-    item.payload = {
-        **item.payload,
-        **{key: payload[key] for key in fields if isinstance(payload.get(key), str)},
-    }
+    item.payload = item.payload | {key: payload[key] for key in keys if isinstance(payload.get(key), str)}
     return []
 
 
@@ -6960,10 +6831,8 @@ _PARTS: Final[dict[str, tuple[str, str]]] = {
 
 def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, Any]) -> list[Emission]:
     name, key = _PARTS.get(str(part.get("type")), ("", ""))
-    emissions = _fill(item, name, number, part.get(key)) if name else []
-    for annotation in _objects(part.get("annotations")):
-        emissions += _cite(state, annotation)
-    return emissions
+    missing = _fill(item, name, number, part.get(key)) if name else []
+    return missing + _cite_all(state, [part])
 
 
 def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
@@ -6977,10 +6846,9 @@ def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
 
 
 def _host_of(url: str) -> str:
-    try:
+    with contextlib.suppress(ValueError):
         return urlsplit(url).hostname or url
-    except ValueError:
-        return url
+    return url
 
 
 def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
@@ -6988,8 +6856,7 @@ def _on_item_done(state: StreamState, payload: JSONObject) -> list[Emission]:
     if not isinstance(done, dict):
         return []
     index = payload.get("output_index")
-    known = _named_item(state, index, done.get("id"), done.get("type"))
-    item = known or _add_item(state, done, index)
+    item = _named_item(state, index, done.get("id"), done.get("type")) or _add_item(state, done, index)
     if str(done.get("type")) in _ENDED_LATER and not item.closed:
         _learn(item, done)
         return []
@@ -7009,8 +6876,7 @@ def _finish_item(state: StreamState, item: _Item, done: JSONObject) -> list[Emis
     if item.closed:
         return _finish_late(state, item, done)
     _learn(item, done)
-    finish = _ITEM_FINISHERS.get(item.type, _finish_server_tool)
-    emissions = finish(state, item)
+    emissions = _ITEM_FINISHERS.get(item.type, _finish_server_tool)(state, item)
     item.closed = True
     return emissions
 
@@ -7021,21 +6887,17 @@ def _finish_late(state: StreamState, item: _Item, final: JSONObject) -> list[Emi
         return [_picture_made(state, _picture(final))]
     if item.type != "message":
         return []
-    emissions = _cite_all(state, final)
+    emissions = _cite_all(state, _objects(final.get("content")))
     full, shown = _message_text(final), item.whole_text()
     if full != shown and full.startswith(shown):
         rest = [{"type": "output_text", "text": full[len(shown) :]}]
-        more = _add_item(state, {"type": "message", "content": rest}, None)
-        emissions += _finish_item(state, more, {})
+        emissions += _finish_item(state, _add_item(state, {"type": "message", "content": rest}, None), {})
     return emissions
 
 
-def _cite_all(state: StreamState, message: Mapping[str, Any]) -> list[Emission]:
-    emissions: list[Emission] = []
-    for part in _objects(message.get("content")):
-        for annotation in _objects(part.get("annotations")):
-            emissions += _cite(state, annotation)
-    return emissions
+def _cite_all(state: StreamState, parts: Iterable[Mapping[str, Any]]) -> list[Emission]:
+    annotations = [annotation for part in parts for annotation in _objects(part.get("annotations"))]
+    return [emission for annotation in annotations for emission in _cite(state, annotation)]
 
 
 def _message_text(message: Mapping[str, Any]) -> str:
@@ -7051,12 +6913,11 @@ _ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
 
 
 def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
-    emissions = _cite_all(state, item.payload)
+    emissions = _cite_all(state, _objects(item.payload.get("content")))
     if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
         for number, part in enumerate(_objects(item.payload.get("content"))):
             emissions += _fill_part(state, item, number, part)
-    shown = item.whole_text()
-    if shown != _message_text(item.payload):  # of some streams the deltas alone say it
+    if (shown := item.whole_text()) != _message_text(item.payload):  # of some streams the deltas alone say it
         item.payload = {**item.payload, "content": [{"type": "output_text", "text": shown}]}
     return [*emissions, ItemClosed(item.number, "message", item.payload)]
 
@@ -7164,8 +7025,7 @@ def _on_failed(state: StreamState, payload: JSONObject) -> list[Emission]:
 def _on_error(state: StreamState, payload: JSONObject) -> list[Emission]:
     """The flat, the nested and the untyped shape of reference §7.1."""
     state.ended = True
-    nested = _error_object(payload.get("error"))
-    return [Failed(_event_error(nested or payload))]
+    return [Failed(_event_error(_error_object(payload.get("error")) or payload))]
 
 
 def _finish_all(state: StreamState, response: Mapping[str, Any]) -> list[Emission]:
@@ -7235,27 +7095,18 @@ def _merge_usage_stats(first: Mapping[str, Any], second: Mapping[str, Any]) -> J
 _REDUCERS: Final[dict[str, Reducer]] = {
     **_text_reducers(_DELTA_EVENTS, _grow),
     **_text_reducers(_DONE_EVENTS, _fill),
-    **dict.fromkeys(("response.created", "response.queued", "response.in_progress"), _on_nothing),
-    "response.debug": _on_nothing,
     "response.output_item.added": _on_item_added,
     "response.output_item.done": _on_item_done,
-    **dict.fromkeys(("response.content_part.added", "response.reasoning_summary_part.added"), _on_nothing),
     **dict.fromkeys(("response.content_part.done", "response.reasoning_summary_part.done"), _on_part_done),
     "response.output_text.annotation.added": lambda state, payload: _cite(
         state, _mapping(payload.get("annotation"))
     ),
-    "response.function_call_arguments.delta": lambda state, payload: _on_call_delta(
-        state, payload, "function_call", "arguments"
+    "response.function_call_arguments.delta": functools.partial(_on_call_delta, "function_call", "arguments"),
+    "response.function_call_arguments.done": functools.partial(
+        _on_call_done, "function_call", ("name", "arguments")
     ),
-    "response.function_call_arguments.done": lambda state, payload: _on_call_done(
-        state, payload, "function_call", "name", "arguments"
-    ),
-    "response.custom_tool_call_input.delta": lambda state, payload: _on_call_delta(
-        state, payload, "custom_tool_call", "input"
-    ),
-    "response.custom_tool_call_input.done": lambda state, payload: _on_call_done(
-        state, payload, "custom_tool_call", "input"
-    ),
+    "response.custom_tool_call_input.delta": functools.partial(_on_call_delta, "custom_tool_call", "input"),
+    "response.custom_tool_call_input.done": functools.partial(_on_call_done, "custom_tool_call", ("input",)),
     **dict.fromkeys(
         (
             *("response.web_search_call.in_progress", "response.web_search_call.searching"),
@@ -7267,6 +7118,8 @@ _REDUCERS: Final[dict[str, Reducer]] = {
     ),
     **dict.fromkeys(
         (
+            *("response.created", "response.queued", "response.in_progress", "response.debug"),
+            *("response.content_part.added", "response.reasoning_summary_part.added"),
             *("response.web_search_call.completed", "response.file_search_call.completed"),
             *("response.image_generation_call.completed", "response.code_interpreter_call.completed"),
             *("response.code_interpreter_call_code.delta", "response.code_interpreter_call_code.done"),
@@ -7286,14 +7139,13 @@ _REDUCERS: Final[dict[str, Reducer]] = {
 # Chunks of /chat/completions (reference §13), with the same emissions
 
 # our names of usage, which are those of /responses, and chat's
-_USAGE_NAMES: Final = (
-    ("input_tokens", "prompt_tokens"),
-    ("output_tokens", "completion_tokens"),
-    ("input_tokens_details", "prompt_tokens_details"),
-    ("output_tokens_details", "completion_tokens_details"),
-)
-_CHAT_USAGE: Final = dict(_USAGE_NAMES)
-_USAGE_FROM_CHAT: Final = {chat: ours for ours, chat in _USAGE_NAMES}
+_CHAT_USAGE: Final = {
+    "input_tokens": "prompt_tokens",
+    "output_tokens": "completion_tokens",
+    "input_tokens_details": "prompt_tokens_details",
+    "output_tokens_details": "completion_tokens_details",
+}
+_USAGE_FROM_CHAT: Final = {chat: ours for ours, chat in _CHAT_USAGE.items()}
 
 
 def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> list[Emission]:
@@ -7307,9 +7159,7 @@ def reduce_chat_chunks(state: StreamState, events: Iterable[StreamEvent]) -> lis
 
 def close_chat_stream(state: StreamState) -> list[Emission]:
     """The connection ended: well, if a `finish_reason` had come."""
-    if state.ended or not state.finish:
-        return close_stream(state)
-    return _end_chat(state)
+    return close_stream(state) if state.ended or not state.finish else _end_chat(state)
 
 
 def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
@@ -7323,8 +7173,7 @@ def _reduce_chat_chunk(state: StreamState, chunk: JSONObject) -> list[Emission]:
     state.finish = str(choice.get("finish_reason") or state.finish)
     usage = chunk.get("usage")
     if isinstance(usage, dict):
-        named = {_USAGE_FROM_CHAT.get(name, name): value for name, value in usage.items()}
-        state.usage = cast(UsageStats, named)
+        state.usage = cast(UsageStats, {_USAGE_FROM_CHAT.get(name, name): n for name, n in usage.items()})
     if chunk.get("error"):
         spent: list[Emission] = [UsageReported(state.usage)] if state.usage is not None else []
         return [*emissions, *spent, *_on_error(state, chunk)]
@@ -7431,8 +7280,7 @@ def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
 def _join_details(item: _Item) -> None:
     for number, detail in enumerate(item.payload.get("reasoning_details", ())):
         for key in _DETAIL_TEXTS:
-            pieces = item.parts.get((f"detail {key}", number))
-            if pieces:
+            if pieces := item.parts.get((f"detail {key}", number)):
                 detail[key] = "".join(pieces)
 
 
@@ -7470,20 +7318,17 @@ def _chat_call(state: StreamState, call: Mapping[str, Any]) -> _Item:
 def _on_chat_images(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
     emissions: list[Emission] = []
     for image in _objects(delta["images"]):
-        url = _mapping(image.get("image_url")).get("url")
-        if isinstance(url, str) and url and hash(url) not in state.pictures:
+        url = _text(_mapping(image.get("image_url")).get("url"))
+        if url and hash(url) not in state.pictures:
             state.pictures.add(hash(url))
             emissions.append(_picture_made(state, url))
     return emissions
 
 
 def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[Emission]:
-    emissions: list[Emission] = []
-    for annotation in _objects(delta["annotations"]):
-        emissions += _cite(
-            state, {**_mapping(annotation.get("url_citation")), "type": annotation.get("type")}
-        )
-    return emissions
+    notes = _objects(delta["annotations"])
+    flat = [{**_mapping(note.get("url_citation")), "type": note.get("type")} for note in notes]
+    return _cite_all(state, [{"annotations": flat}])
 
 
 # key of a delta -> what it means; the order is that of reading
@@ -7648,13 +7493,10 @@ class OpenRouterClient:
             headers["Accept-Encoding"] = "identity"
         data = None if payload is None else _request_data(payload)
         try:
-            response = await self._open_session().request(
-                method,
-                connection.base_url + path,
-                data=data,
-                headers=headers,
-                timeout=timeout,
-                proxy=_proxy_for(connection.base_url),
+            session, proxy = self._open_session(), _proxy_for(connection.base_url)
+            url = connection.base_url + path
+            response = await session.request(
+                method, url, data=data, headers=headers, timeout=timeout, proxy=proxy
             )
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
             raise _network_error(exc) from exc
@@ -7725,9 +7567,8 @@ async def _close_connector(connector: aiohttp.BaseConnector) -> None:
 def _proxy_for(url: str) -> str | None:
     """The proxy that the environment names for `url`, as `HTTPS_PROXY` and `NO_PROXY` say."""
     parts = urlsplit(url)
-    if not parts.hostname or proxy_bypass(parts.hostname):
-        return None
-    return getproxies().get(parts.scheme)
+    is_direct = not parts.hostname or proxy_bypass(parts.hostname)
+    return None if is_direct else getproxies().get(parts.scheme)
 
 
 def _network_error(exc: BaseException, *, begun: bool = False) -> StreamError:
@@ -7763,9 +7604,9 @@ class _RetryWait:
         """The wait after a try that failed, for tenacity."""
         error = retry_state.outcome.exception() if retry_state.outcome else None
         named = error.retry_after if isinstance(error, PipeError) else None
-        if named is not None:
-            return min(named, self._longest_s)
-        return min(2.0 ** (retry_state.attempt_number - 1) * (0.5 + self._chance()), self._longest_s)
+        if named is None:
+            named = 2.0 ** (retry_state.attempt_number - 1) * (0.5 + self._chance())
+        return min(named, self._longest_s)
 
     def allows(self, error: BaseException) -> bool:
         """Whether another try may help: the error passes by, and within the longest wait."""
@@ -7814,9 +7655,7 @@ class DeltaBuffer:
         """Seconds until the text should leave; None while there is none."""
         if not self._pieces:
             return None
-        if self.size >= self._char_limit:
-            return 0.0
-        return max(0.0, self._since + self._idle_s - now)
+        return 0.0 if self.size >= self._char_limit else max(0.0, self._since + self._idle_s - now)
 
     def flush(self) -> str:
         """Take all of it."""
@@ -7868,10 +7707,7 @@ class Outlet:
     def _flush_pending(self) -> None:
         """Something else follows the text that was growing: it is ready as it is."""
         build, self._build = self._build, None
-        if build is None:
-            return
-        chars = self._buffer.size
-        if chars:
+        if build is not None and (chars := self._buffer.size):
             self._entries.append((build(self._buffer.flush()), chars))
 
     async def room(self) -> None:
@@ -8109,9 +7945,6 @@ class _BrowserWriter(_Writer):
         self._closed.clear()
         return [*entries, *self._usage_event(always=True)]
 
-    def _write_finished(self, finished: ToolFinished) -> list[Entry]:
-        return self._output_events(finished.result)
-
     def _output_events(self, result: ToolResult) -> list[Entry]:
         """The end of a call's card, then its output: only `done`, because older hosts mix the two up."""
         index, item, _ = self._unanswered.pop(result.call.call_id)
@@ -8170,7 +8003,7 @@ class _BrowserWriter(_Writer):
         ReasoningDelta: _write_reasoning,
         ItemClosed: _write_closed,
         ToolRequested: _keep_call,
-        ToolFinished: _write_finished,
+        ToolFinished: lambda writer, finished: writer._output_events(finished.result),
         UsageReported: _keep_usage,
         TurnEnded: _write_end,
         CarrierReady: _write_carrier,
@@ -8242,10 +8075,8 @@ class _BrowserJSONWriter(_BrowserWriter):
             items = [{**item, "content": content}]
         parts = [part for item in items if item["type"] == "message" for part in item["content"]]
         message = {"role": "assistant", "content": "\n".join(part["text"] for part in parts)}
-        result: JSONObject = {
-            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "output": items,
-        }
+        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        result: JSONObject = {"choices": [choice], "output": items}
         if self._totals:
             result["usage"] = self._totals
         if self._error is not None:
@@ -8257,12 +8088,8 @@ class _ChunkWriter(_Writer):
     """`chat.completion.chunk` objects, as OpenAI's clients read them."""
 
     def __init__(self, model: str, completion_id: str, created: int, show_thinking: bool) -> None:
-        self._head = {
-            "id": completion_id,
-            "object": "chat.completion.chunk",
-            "created": created,
-            "model": model,
-        }
+        self._head: JSONObject = {"id": completion_id, "object": "chat.completion.chunk"}
+        self._head |= {"created": created, "model": model}
         self._show_thinking = show_thinking
         self._open: dict[int, _OpenItem] = {}
         self._said_role = False
@@ -8281,17 +8108,11 @@ class _ChunkWriter(_Writer):
             entries.insert(0, self._chunk({"role": "assistant", "content": ""}))
         return entries
 
-    def _build_content(self, text: str) -> JSONObject:
-        return self._chunk({"content": text})
-
-    def _build_reasoning(self, text: str) -> JSONObject:
-        return self._chunk({"reasoning_content": text})
-
     def _start(self, number: int, kind: str) -> _OpenItem:
         item = self._open.get(number)
         if item is None or item.type != kind:
-            build = self._build_content if kind == "message" else self._build_reasoning
-            item = self._open[number] = _OpenItem(number, kind, build)
+            key = "content" if kind == "message" else "reasoning_content"
+            item = self._open[number] = _OpenItem(number, kind, lambda text: self._chunk({key: text}))
         return item
 
     def _write_text(self, delta: TextDelta | RefusalDelta) -> list[Entry]:
@@ -8326,9 +8147,9 @@ class _ChunkWriter(_Writer):
     def _write_end(self, ended: TurnEnded) -> list[Entry]:
         calls = _in_order(self._calls) if ended.outcome == "completed" else []
         entries = [entry for item in self._open.values() for entry in item.say_rest()]
+        self._open.clear()
+        self._calls = []
         if ended.goes_on:  # the pipe runs the calls; the client sees one answer
-            self._open.clear()
-            self._calls = []
             return entries
         if calls:
             tool_calls = [
@@ -8339,13 +8160,14 @@ class _ChunkWriter(_Writer):
         entries.append(self._chunk({}, _finish_reason(ended, bool(calls))))
         if self._totals:
             entries.append({**self._head, "choices": [], "usage": _chat_usage(self._totals)})
-        self._open.clear()
-        self._calls = []
         return entries
 
     def _write_failure(self, failed: Failed) -> list[Entry]:
+        """An error as OpenAI's clients read it."""
         rest = [entry for item in self._open.values() for entry in item.say_rest()]
-        return [*rest, {"error": _api_error_object(failed.error)}]
+        error = failed.error
+        code = error.status or error.template
+        return [*rest, {"error": {"message": error.user_message, "type": error.template, "code": code}}]
 
     WRITES: ClassVar[Mapping[type, Callable[[Any, Any], Iterable[Entry]]]] = {
         TextDelta: _write_text,
@@ -8427,18 +8249,11 @@ def _chat_usage(usage: Mapping[str, Any]) -> JSONObject:
     return {_CHAT_USAGE.get(name, name): value for name, value in usage.items()}
 
 
-def _api_error_object(error: PipeError) -> JSONObject:
-    """An error as OpenAI's clients read it."""
-    return {"message": error.user_message, "type": error.template, "code": error.status or error.template}
-
-
 def _make_writer(request: ChatRequest, valves: Valves, clock: Callable[[], float]) -> _Writer:
     """The writer of a request's dialect."""
     show = valves.SHOW_THINKING
-    if request.dialect == "browser":
-        return _BrowserWriter(clock, show)
-    if request.dialect == "browser_json":
-        return _BrowserJSONWriter(clock, show)
+    if request.dialect in ("browser", "browser_json"):
+        return (_BrowserWriter if request.dialect == "browser" else _BrowserJSONWriter)(clock, show)
     kinds = {"api_stream": _ChunkWriter, "api_json": _CompletionWriter, "task": _TaskWriter}
     model = str(request.body.get("model") or request.model)
     return kinds[request.dialect](model, f"chatcmpl-{secrets.token_hex(12)}", int(time.time()), show)
@@ -8481,10 +8296,7 @@ class Emitter:
         clock: Callable[[], float],
         page: ErrorPage = _PLAIN_PAGE,
     ) -> None:
-        self._writer = writer
-        self._outlet = outlet
-        self._emit = emit
-        self._clock = clock
+        self._writer, self._outlet, self._emit, self._clock = writer, outlet, emit, clock
         self.began_at: float | None = None  # when the model began to write
         self._first_at: float | None = None  # the same in this upstream call
         self._writing_s = 0.0  # for how long it wrote in those that have ended
@@ -8565,12 +8377,8 @@ class Emitter:
             return
         begun = progress.status == "in_progress"
         text = words[0] if begun else words[2 if progress.status in _FAILED_STATUSES else 1]
-        if not text:
-            await self._emit_status(StatusUpdate(words[0], done=True, hidden=True))
-            return
-        await self._emit_status(
-            StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
-        )
+        update = StatusUpdate(f"{text}: {progress.query}" if progress.query else text, not begun)
+        await self._emit_status(update if text else StatusUpdate(words[0], done=True, hidden=True))
 
     async def _emit_tool_prompt(self, started: ToolStarted) -> None:
         """What is being run, where no card shows it."""
@@ -8720,10 +8528,8 @@ _DOWNLOAD_FAILURES: Final[dict[type[BaseException], str]] = {
     socket.gaierror: "its server's name is not known",
     aiohttp.ClientConnectorCertificateError: "its server's certificate could not be verified",
     aiohttp.ClientConnectorError: "its server could not be reached",
-    aiohttp.ClientPayloadError: "the connection was cut",
-    aiohttp.ServerDisconnectedError: "the connection was cut",
-    aiohttp.ClientResponseError: "the answer is not valid",
-    HttpProcessingError: "the answer is not valid",
+    **dict.fromkeys((aiohttp.ClientPayloadError, aiohttp.ServerDisconnectedError), "the connection was cut"),
+    **dict.fromkeys((aiohttp.ClientResponseError, HttpProcessingError), "the answer is not valid"),
     ValueError: "its address is not valid",
 }
 
@@ -8812,10 +8618,8 @@ class SafeFetcher:
     async def _judged_addresses(self, url: str) -> list[str]:
         """The addresses that a connection to `url` may go to; a name is looked up once, here."""
         where = _web_address(url, self._allowed_hosts)
-        if where.problem or where.literal:
-            addresses = [where.literal]
-        else:
-            addresses = await self._resolve(where.host, where.port)
+        is_given = where.problem or where.literal
+        addresses = [where.literal] if is_given else await self._resolve(where.host, where.port)
         if reason := _is_safe_url(url, addresses, self._allowed_hosts):
             raise UnsafeURLError(f"The file was not downloaded: {reason}")
         return addresses
@@ -8903,7 +8707,7 @@ class MediaIntake:
         """What could be had, and of the rest why not; the first of `refs` are the most important."""
         errand = _Errand(request, settings)
         pictures = [ref for ref in refs if ref.kind == "image"]
-        found = dict.fromkeys(pictures[settings.most_images :], _ONE_TOO_MANY)
+        found = dict.fromkeys(pictures[settings.most_images :], MediaBlob(reason="many pictures"))
         ahead: deque[tuple[MediaRef, asyncio.Task[MediaBlob]]] = deque()
         async with asyncio.TaskGroup() as group:
             for ref in [ref for ref in refs if ref not in found]:
@@ -8940,11 +8744,9 @@ class MediaIntake:
         if file_id := _host_file_id(ref.address, settings.webui_url):
             return await self._read(file_id, request, most)
         if not settings.keeps_media:
-            blob, _ = await self._download(ref, errand)
-            return blob
+            return (await self._download(ref, errand))[0]
         kept_id = _kept_id(request.user_id, ref.address)
-        one_at_a_time = self._keeping.setdefault(kept_id, asyncio.Lock())
-        async with one_at_a_time:  # whoever comes second finds the copy
+        async with self._keeping.setdefault(kept_id, asyncio.Lock()):  # who comes second finds the copy
             with contextlib.suppress(InputError):
                 return await self._read(kept_id, request, most)
             blob, content = await self._download(ref, errand)
@@ -8964,10 +8766,8 @@ class MediaIntake:
         settings = errand.settings
         most = min(settings.most_bytes, settings.most_remote_bytes)
         most = settings.most_video_bytes if ref.kind == "video" else most
-        fetcher = self._fetchers.get(settings.trusted_hosts)
-        if fetcher is None:
-            fetcher = SafeFetcher(settings.trusted_hosts, self._resolve_name)
-            self._fetchers[settings.trusted_hosts] = fetcher
+        fresh = SafeFetcher(settings.trusted_hosts, self._resolve_name)
+        fetcher = self._fetchers.setdefault(settings.trusted_hosts, fresh)
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
             async with self._downloads:
@@ -8988,8 +8788,7 @@ class _Errand:
     __slots__ = ("_most", "_size", "is_full", "request", "settings")
 
     def __init__(self, request: ChatRequest, settings: RequestSettings) -> None:
-        self.request = request
-        self.settings = settings
+        self.request, self.settings = request, settings
         self.is_full = False
         self._size = 0  # in bytes
         self._most = settings.most_bytes + settings.most_video_bytes
@@ -8998,8 +8797,9 @@ class _Errand:
         """`blob`, or why there is no room for it; to be asked in the order of importance."""
         self.is_full = self.is_full or self._size + blob.size > self._most
         if self.is_full and not blob.reason:
-            words = f"All files together are larger than {_megabytes(self._most)}"
-            return MediaBlob(name=blob.name, reason=words)
+            return MediaBlob(
+                name=blob.name, reason=f"All files together are larger than {_megabytes(self._most)}"
+            )
         self._size += blob.size
         return blob
 
@@ -9025,7 +8825,6 @@ _KINDS_BY_MIME: Final[dict[str, tuple[str, re.Pattern[str]]]] = {
     "video": ("a film", re.compile(r"video/.+")),
     "file": ("a file", re.compile(r".*")),
 }
-_ONE_TOO_MANY: Final = MediaBlob(reason="many pictures")
 _MEDIA_AT_ONCE: Final = 16
 _MEDIA_AT_ONCE_PER_REQUEST: Final = 4
 _SHOWN_DOWNLOAD_S: Final = 5.0
@@ -10203,12 +10002,9 @@ class CircuitBreaker:
         """Whether the tool may be called now; if it is open, this is the one call that tries."""
         key, now = (user_id, tool), self._clock()
         until = self._open_until.get(key)
-        if until is None:
-            return True
-        if now < until:
-            return False
-        self._open_until[key] = now + limits.window_s  # others wait for the end of this one
-        return True
+        if until is not None and now >= until:
+            self._open_until[key] = now + limits.window_s  # others wait for the end of this one
+        return until is None or now >= until
 
     def record(self, user_id: str, tool: str, limits: ToolLimits, *, failed: bool) -> bool:
         """Note the end of a call. Returns whether the tool is left alone from now on."""
@@ -10224,11 +10020,11 @@ class CircuitBreaker:
         while times and times[0] <= now - limits.window_s:
             times.popleft()
         was_open = key in self._open_until
-        if was_open or len(times) >= limits.failures:
+        opens = was_open or len(times) >= limits.failures
+        if opens:
             _drop_oldest(self._open_until, _MOST_WATCHED)
             self._open_until[key] = now + limits.window_s
-            return not was_open
-        return False
+        return opens and not was_open
 
 
 _MOST_WATCHED: Final = 10_000
@@ -10316,8 +10112,7 @@ class ToolOrchestrator:
         loop = asyncio.get_running_loop()
         context.note_round(calls)
         while len(context.workers) < min(context.limits.at_once, len(calls)):
-            worker = loop.create_task(self._tool_worker_loop(context), name="tool worker")
-            context.workers.append(worker)
+            context.workers.append(loop.create_task(self._tool_worker_loop(context), name="tool worker"))
         results: asyncio.Queue[ToolResult] = asyncio.Queue()
         deadline = loop.time() + context.limits.batch_timeout_s
         found: dict[str, ToolResult] = {}
@@ -10405,10 +10200,9 @@ class ToolOrchestrator:
         if left <= 0:
             self._gate.leave()
             raise ToolInputError("There was no time left for this call in its round")
-        words = f"The tool did not finish within {_in_words(own)}"
-        if left < own:
-            round_s = _in_words(context.limits.batch_timeout_s)
-            words = f"The calls of this round took longer than {round_s} together"
+        round_s = _in_words(context.limits.batch_timeout_s)
+        of_round = f"The calls of this round took longer than {round_s} together"
+        words = of_round if left < own else f"The tool did not finish within {_in_words(own)}"
         return await self._within(call_and_read(), min(left, own), words)
 
     async def _within(self, work: Coroutine[Any, Any, ToolResult], seconds: float, words: str) -> ToolResult:
@@ -10601,10 +10395,9 @@ class StreamingEngine:
         wait = _RetryWait(policy.longest_wait_s)
         try:
             await self._stream_responses(connection, request, call)
+            return
         except PipeError as error:
             failures = [error]
-        else:
-            return
 
         async def attempt() -> None:
             if failures:
@@ -10632,20 +10425,14 @@ class StreamingEngine:
     async def _stream_responses(
         self, connection: Connection, request: UpstreamRequest, call: _UpstreamCall
     ) -> None:
-        items = len(request.body.get("input") or request.body.get("messages") or ())
-        tools = len(request.body.get("tools") or ())
-        LOGGER.debug(
-            "asking %s for %s: items %d, tools %d", request.api.path, request.body["model"], items, tools
-        )
-        async with self._client.open_stream(connection, request.api.path, request.body) as reads:
+        path, body = request.api.path, request.body
+        items, tools = len(body.get("input") or body.get("messages") or ()), len(body.get("tools") or ())
+        LOGGER.debug("asking %s for %s: items %d, tools %d", path, body["model"], items, tools)
+        async with self._client.open_stream(connection, path, body) as reads:
             LOGGER.debug("the answer begins")
             call.begin(request.api)
             await self._consume_sse(reads, call)
-        self._log_unknown(call.state)
-
-    def _log_unknown(self, state: StreamState) -> None:
-        fresh = set(state.unknown) - self._unknown
-        if fresh:
+        if fresh := set(call.state.unknown) - self._unknown:
             self._unknown |= fresh
             LOGGER.info("event types that this version does not know: %s", ", ".join(sorted(fresh)))
 
@@ -10706,7 +10493,8 @@ class StreamingEngine:
         while True:
             frames, slot = await queues.chunks.get()
             events = parse_frames(frames)
-            slot.set_result(await asyncio.to_thread(list, events) if _is_heavy(frames) else list(events))
+            is_heavy = max(map(len, frames), default=0) > _HEAVY_FRAME_BYTES
+            slot.set_result(await asyncio.to_thread(list, events) if is_heavy else list(events))
 
     async def _drain_event_queue(self, queues: _ChunkQueues, call: _UpstreamCall) -> None:
         while True:
@@ -10725,10 +10513,6 @@ def _says_done(frames: list[SSEFrame], decoder: SSEDecoder) -> bool:
     return (bool(frames) and frames[-1].strip() == _DONE) or decoder.open_lines == [_DONE]
 
 
-def _is_heavy(frames: list[SSEFrame]) -> bool:
-    return max(map(len, frames), default=0) > _HEAVY_FRAME_BYTES
-
-
 def _first_failure(failures: BaseExceptionGroup) -> BaseException:
     """What the group failed of: a PipeError if there is one, else whatever came first."""
     flat: list[BaseException] = []
@@ -10739,54 +10523,20 @@ def _first_failure(failures: BaseExceptionGroup) -> BaseException:
 
 def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> tuple[UpstreamRequest | None, str]:
     """The request changed so that this refusal does not come again, or None; what the person is told."""
-    for refused, change, notice in _REPAIRS:
-        if refused(error):
-            return change(request), notice
-    return None, ""
-
-
-def _is_wrong_endpoint(error: OpenRouterAPIError) -> bool:
-    return error.code == _WRONG_ENDPOINT
-
-
-def _is_foreign_reasoning(error: OpenRouterAPIError) -> bool:
-    """The provider that serves now cannot read the reasoning of the one that served before."""
-    words = error.detail.lower()
-    return error.status == 400 and any(word in words for word in _REASONING_WORDS)
+    body, notice = None, ""
+    if error.code == _WRONG_ENDPOINT:
+        return request.chat_body and UpstreamRequest(request.chat_body(), CHAT), ""
+    if error.status == 400 and any(word in error.detail.lower() for word in _REASONING_WORDS):
+        # The provider that serves now cannot read the reasoning of the one that served before.
+        body = _without_reasoning(request.body) if request.api is RESPONSES else None
+    elif error.status == 404 and "support tool use" in error.detail:
+        # The catalog said that the model takes tools; no provider that is left does.
+        body, notice = _without_tools(request.body), _TOOLLESS
+    return None if body is None else request._replace(body=body), notice
 
 
 _REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
-
-
-def _for_chat(request: UpstreamRequest) -> UpstreamRequest | None:
-    return None if request.chat_body is None else UpstreamRequest(request.chat_body(), CHAT)
-
-
-def _for_stranger(request: UpstreamRequest) -> UpstreamRequest | None:
-    body = _without_reasoning(request.body) if request.api is RESPONSES else None
-    return None if body is None else request._replace(body=body)
-
-
-def _takes_no_tools(error: OpenRouterAPIError) -> bool:
-    """The catalog said that the model takes tools; no provider that is left does."""
-    return error.status == 404 and "support tool use" in error.detail
-
-
-def _for_toolless(request: UpstreamRequest) -> UpstreamRequest | None:
-    body = _without_tools(request.body)
-    return None if body is None else request._replace(body=body)
-
-
-# which refusal -> what changes the request, and what the person is told of it
-_REPAIRS: Final = (
-    (_is_wrong_endpoint, _for_chat, ""),
-    (_is_foreign_reasoning, _for_stranger, ""),
-    (
-        _takes_no_tools,
-        _for_toolless,
-        "No provider of this model can use tools now; the answer was written without them.",
-    ),
-)
+_TOOLLESS: Final = "No provider of this model can use tools now; the answer was written without them."
 
 
 class _UpstreamCall:
@@ -10832,22 +10582,12 @@ class _UpstreamCall:
         raise error
 
 
-_VISIBLE: Final = (
-    TextDelta,
-    RefusalDelta,
-    ReasoningDelta,
-    ToolRequested,
-    CitationFound,
-    MediaProduced,
-    TurnEnded,
-)
-
-
 def _is_visible(emission: Emission) -> bool:
     """Whether a second try would show it twice; a reasoning card without text is used again."""
-    return isinstance(emission, _VISIBLE) and (
-        not isinstance(emission, ReasoningDelta) or bool(emission.text)
-    )
+    return bool(emission.text) if isinstance(emission, ReasoningDelta) else isinstance(emission, _VISIBLE)
+
+
+_VISIBLE: Final = (TextDelta, RefusalDelta, ToolRequested, CitationFound, MediaProduced, TurnEnded)
 
 
 async def _drain(reads: _Reads) -> None:
@@ -10905,11 +10645,8 @@ class ImageResults:
             blob = await _in_thread(lambda: _blob_of(content, "picture"), len(content))
             _check_kind(MediaRef("image", ""), blob)
             url = f"data:{blob.mime};base64,{data}"
-            if (
-                request.user_id
-                and request.chat_id
-                and not request.chat_id.startswith(("temporary:", "local:"))
-            ):
+            is_saved = bool(request.chat_id) and not request.chat_id.startswith(("temporary:", "local:"))
+            if request.user_id and is_saved:
                 file_id = str(uuid.uuid4())
                 suffix = blob.mime.rpartition("/")[2].replace("jpeg", "jpg")
                 named = blob._replace(name=f"picture.{suffix}")
