@@ -1631,9 +1631,12 @@ def _cut_text(text: str, most_chars: int) -> str:
     return f"{text[:head]}{mark}{text[len(text) - (kept - head) :]}"
 
 
+_SAYS_WHEN_LOST: Final = "_log_destroy_pending"  # the switch by which asyncio's own functions do the same
+
+
 def _end_unheard(task: asyncio.Task[Any]) -> None:
     """Let a task say nothing when its loop is closed before it has ended: there is nobody left to care."""
-    task._log_destroy_pending = False  # pyright: ignore[reportAttributeAccessIssue]  # asyncio's own switch
+    setattr(task, _SAYS_WHEN_LOST, False)
 
 
 async def _end_tasks(tasks: Iterable[asyncio.Task[Any]]) -> None:
@@ -1815,30 +1818,6 @@ def _validate_base64_size(data: str, max_bytes: int) -> int:
 # Promise: no I/O; work is bounded, whatever the bytes and the schema say.
 # Doc: docs/security_and_encryption.md   Tests: tests/test_media_intake.py, tests/test_tool_schemas.py
 
-# How a file begins -> what it is; the first that fits counts
-_SIGNATURES: Final[dict[bytes, str]] = {
-    rb"\x89PNG\r\n\x1a\n": "image/png",
-    rb"\xff\xd8\xff": "image/jpeg",
-    rb"GIF8[79]a": "image/gif",
-    rb"RIFF.{4}WEBP": "image/webp",
-    rb"BM.{4}\0{4}": "image/bmp",
-    rb".{4}ftyp(?:avi[fs]|mif1.{4}(?:.{4}){0,9}?avif)": "image/avif",
-    rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)": "image/heic",
-    rb".{4}ftypM4[AB] ": "audio/mp4",
-    rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
-    rb".{4}ftyp": "video/mp4",
-    rb"(?:\xef\xbb\xbf)?\s{0,9}%PDF-|.{0,1000}?[\r\n]%PDF-\d\.\d\s{1,2}%[\x80-\xff]": "application/pdf",
-    rb"RIFF.{4}WAVE": "audio/wav",
-    rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
-    rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
-    rb"OggS.{24,99}?\x80theora": "video/ogg",
-    rb"OggS": "audio/ogg",
-    rb"fLaC": "audio/flac",
-    rb"\x1aE\xdf\xa3.{0,60}?webm": "video/webm",
-    rb"\x1aE\xdf\xa3": "video/x-matroska",
-    rb"\0\0\x01[\xba\xb3]": "video/mpeg",
-}
-
 
 def _sniffed(content: bytes) -> str:
     """What a file is by its first bytes: what a header or a name says of it counts nothing."""
@@ -1873,6 +1852,29 @@ def _blob_of(content: bytes, name: str) -> MediaBlob:
     return MediaBlob(_data_url(pieces, mime), name, mime, len(content))
 
 
+# How a file begins -> what it is; the first that fits counts
+_SIGNATURES: Final[dict[bytes, str]] = {
+    rb"\x89PNG\r\n\x1a\n": "image/png",
+    rb"\xff\xd8\xff": "image/jpeg",
+    rb"GIF8[79]a": "image/gif",
+    rb"RIFF.{4}WEBP": "image/webp",
+    rb"BM.{4}\0{4}": "image/bmp",
+    rb".{4}ftyp(?:avi[fs]|mif1.{4}(?:.{4}){0,9}?avif)": "image/avif",
+    rb".{4}ftyp(?:hei[cxms]|hev[cxms]|mif1|msf1)": "image/heic",
+    rb".{4}ftypM4[AB] ": "audio/mp4",
+    rb".{4}ftypqt  |\0.{3}(?:moov|mdat|wide)": "video/quicktime",
+    rb".{4}ftyp": "video/mp4",
+    rb"(?:\xef\xbb\xbf)?\s{0,9}%PDF-|.{0,1000}?[\r\n]%PDF-\d\.\d\s{1,2}%[\x80-\xff]": "application/pdf",
+    rb"RIFF.{4}WAVE": "audio/wav",
+    rb"ID3[\x02-\x04]|\xff[\xe2\xe3\xf2\xf3\xfa\xfb]": "audio/mpeg",
+    rb"\xff[\xf0\xf1\xf8\xf9]": "audio/aac",
+    rb"OggS.{24,99}?\x80theora": "video/ogg",
+    rb"OggS": "audio/ogg",
+    rb"fLaC": "audio/flac",
+    rb"\x1aE\xdf\xa3.{0,60}?webm": "video/webm",
+    rb"\x1aE\xdf\xa3": "video/x-matroska",
+    rb"\0\0\x01[\xba\xb3]": "video/mpeg",
+}
 _OFFICE_MIME_RE: Final = re.compile(r"application/(?!pdf$).+")
 _PERHAPS_TEXT: Final = ("text/plain", "text/html", "image/svg+xml", "application/octet-stream")
 
@@ -3166,9 +3168,6 @@ def _plain_result(call: ToolCall, result: Any) -> ToolResult:
     return ToolResult(call, json.dumps(result, ensure_ascii=False, default=str), failed)
 
 
-_NO_OUTPUT: Final = "(The tool gave no output.)"
-
-
 async def _processed_result(
     call: ToolCall, tool: Mapping[str, Any], arguments: JSONObject, result: Any, host: HostCall
 ) -> ToolResult:
@@ -3200,6 +3199,7 @@ async def _processed_result(
     return ToolResult(call, text, failed, tuple(images), tuple(displayed), tuple(embeds), sources)
 
 
+_NO_OUTPUT: Final = "(The tool gave no output.)"
 # 0.12 names them in CITATION_TOOL_NAMES
 _CITED: Final = ("fetch_url", "view_file", "view_knowledge_file", "query_knowledge_files", "query_chat_files")
 
@@ -3749,9 +3749,6 @@ def _fit_effort(effort: str, how: ReasoningSpec) -> JSONObject:
     return {"effort": _EFFORTS[nearest]}
 
 
-_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-
-
 def _fit_output(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     """A limit below 1 means none, as Ollama has it; one above the model's own excludes its providers."""
     wanted, limit = payload.get("max_output_tokens"), spec.max_output or spec.context_length
@@ -3773,9 +3770,6 @@ def _fit_sampling(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     return foreign
 
 
-_SAMPLING: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs")
-
-
 def _fit_modalities(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     """A model that only makes pictures is served only to those who ask for a picture."""
     if spec.writes_images and not spec.writes_text and "modalities" not in payload:
@@ -3783,6 +3777,8 @@ def _fit_modalities(payload: JSONObject, spec: ModelSpec) -> Iterable[str]:
     return ()
 
 
+_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
+_SAMPLING: Final = ("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs")
 _CAPABILITY_GATES: Final[tuple[_Gate, ...]] = (_fit_reasoning, _fit_output, _fit_sampling, _fit_modalities)
 
 
@@ -4736,10 +4732,6 @@ def _is_of_tools(content: Any) -> bool:
     return isinstance(content, list) and _mapping(next(iter(content), None)).get("text") == _TOOL_PICTURES
 
 
-# as Open WebUI puts it
-_TOOL_PICTURES: Final = "Here are the images from the tool results above. Please analyze them."
-
-
 def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
     """The place from which on outputs of tools stay whole, for `turns` questions at least; 0 turns: always.
 
@@ -4753,6 +4745,8 @@ def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
     return asked[old] if old > 0 else 0
 
 
+# as Open WebUI puts it
+_TOOL_PICTURES: Final = "Here are the images from the tool results above. Please analyze them."
 _RETAINED_CHARS: Final = 1_000
 
 
@@ -5248,10 +5242,6 @@ def _file_as_text(name: str, text: str) -> str:
     return f'<file name="{_shown_name(name).translate(_NOT_IN_TAGS)}">\n{text}\n</file>'
 
 
-_NAMELESS_FILE: Final = "file.pdf"
-_NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
-
-
 def _to_input_audio(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     kind, data = blob.mime or _text(_mapping(block.get("input_audio")).get("format")), blob.url
     kind = _AUDIO_FORMATS.get(kind, kind)
@@ -5263,12 +5253,6 @@ def _to_input_audio(block: Mapping[str, Any], blob: MediaBlob, history: _History
     return {"type": "input_audio", "input_audio": {"data": data[start:], "format": kind}}
 
 
-_AUDIO_FORMATS: Final = {
-    **dict.fromkeys(("mpeg", "audio/mpeg"), "mp3"),
-    **dict.fromkeys(("x-wav", "wave", "audio/wav"), "wav"),
-}
-
-
 def _to_input_video(block: Mapping[str, Any], blob: MediaBlob, history: _History) -> JSONObject | None:
     if not blob.url.startswith(("data:video/", "https://")):
         return history.leave_out("file")
@@ -5276,6 +5260,12 @@ def _to_input_video(block: Mapping[str, Any], blob: MediaBlob, history: _History
     return {"type": "input_video", "video_url": blob.url} if fits else None
 
 
+_NAMELESS_FILE: Final = "file.pdf"
+_NOT_IN_TAGS: Final = str.maketrans('"<>', "'()")
+_AUDIO_FORMATS: Final = {
+    **dict.fromkeys(("mpeg", "audio/mpeg"), "mp3"),
+    **dict.fromkeys(("x-wav", "wave", "audio/wav"), "wav"),
+}
 _IMAGE_DETAILS: Final = ("auto", "low", "high", "original")
 _NOT_TAKEN: Final = {"image": "picture", "audio": "recording", "video": "film"}  # rows of `_LEFT_OUT`
 _TO_INPUT: Final[dict[str, Callable[[Mapping[str, Any], MediaBlob, _History], JSONObject | None]]] = {
@@ -5829,9 +5819,6 @@ def _without_nulls(name: str, value: Any, depth: int = 0) -> Any:
     return value
 
 
-_DEEPEST: Final = 32
-
-
 def _as_object(name: str, value: Any) -> JSONObject:
     value = _decoded(value)
     if not isinstance(value, Mapping):
@@ -5877,9 +5864,6 @@ def _as_models(name: str, value: Any) -> list[str]:
     return models
 
 
-_MOST_FALLBACKS: Final = 10
-
-
 def _typed(
     fields: Mapping[str, type], words: Sequence[str] = (), word_field: str = "type"
 ) -> Callable[[str, Any], JSONObject]:
@@ -5915,9 +5899,6 @@ def _as_metadata(name: str, value: Any) -> dict[str, str]:
     return pairs
 
 
-_MOST_PAIRS: Final = 16
-
-
 def _as_provider(name: str, value: Any) -> JSONObject:
     """Provider preferences: a closed object, one unknown field and OpenRouter refuses all (reference §5)."""
     wanted = _as_object(name, value)
@@ -5931,20 +5912,6 @@ def _as_provider(name: str, value: Any) -> JSONObject:
     if "max_price" in wanted:
         wanted["max_price"] = {unit: str(price) for unit, price in wanted["max_price"].items()}
     return wanted
-
-
-_SWITCH: Final = (bool, object, "true or false")
-_NAMES: Final = (list, str, "a list of texts")
-_CUTOFF: Final = ((int, float, dict), (int, float), "a number, or numbers for percentiles")
-# field -> (what it may be, what its parts may be, in words)
-_PROVIDER_FIELDS: Final[dict[str, tuple[Any, Any, str]]] = {
-    **dict.fromkeys(("allow_fallbacks", "require_parameters", "zdr", "enforce_distillable_text"), _SWITCH),
-    **dict.fromkeys(("order", "only", "ignore", "quantizations"), _NAMES),
-    "data_collection": (str, object, "allow or deny"),
-    "sort": ((str, dict), str, "price, throughput, latency, or an object of texts"),
-    "max_price": (dict, (int, float, str), "an object of prices"),
-    **dict.fromkeys(("preferred_max_latency", "preferred_min_throughput"), _CUTOFF),
-}
 
 
 def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any], opened: str = "") -> JSONObject:
@@ -5974,10 +5941,6 @@ def _stricter(admins: Mapping[str, Any], wanted: Mapping[str, Any], opened: str 
     return merged
 
 
-_DEARER_TIERS: Final = ("/priority", "/fast", "/scale")
-_ORDERINGS: Final = frozenset({"order", "sort"})  # with one of them the other does not count
-
-
 def _both(admins: Any, wanted: Any) -> Any:
     return wanted if admins is None else [name for name in wanted if name in admins]
 
@@ -5996,6 +5959,23 @@ def _price_order(price: str) -> float:
         return math.inf
 
 
+_DEEPEST: Final = 32
+_MOST_FALLBACKS: Final = 10
+_MOST_PAIRS: Final = 16
+_SWITCH: Final = (bool, object, "true or false")
+_NAMES: Final = (list, str, "a list of texts")
+_CUTOFF: Final = ((int, float, dict), (int, float), "a number, or numbers for percentiles")
+# field -> (what it may be, what its parts may be, in words)
+_PROVIDER_FIELDS: Final[dict[str, tuple[Any, Any, str]]] = {
+    **dict.fromkeys(("allow_fallbacks", "require_parameters", "zdr", "enforce_distillable_text"), _SWITCH),
+    **dict.fromkeys(("order", "only", "ignore", "quantizations"), _NAMES),
+    "data_collection": (str, object, "allow or deny"),
+    "sort": ((str, dict), str, "price, throughput, latency, or an object of texts"),
+    "max_price": (dict, (int, float, str), "an object of prices"),
+    **dict.fromkeys(("preferred_max_latency", "preferred_min_throughput"), _CUTOFF),
+}
+_DEARER_TIERS: Final = ("/priority", "/fast", "/scale")
+_ORDERINGS: Final = frozenset({"order", "sort"})  # with one of them the other does not count
 # field of `provider` -> (the administrators' value or None, the person's) -> the one that counts, or None
 _NARROWINGS: Final[dict[str, Callable[[Any, Any], Any]]] = {
     **dict.fromkeys(
@@ -6018,13 +5998,6 @@ def _as_reasoning(name: str, value: Any) -> JSONObject:
     return wanted
 
 
-_REASONING_CHOICES: Final[dict[str, type]] = {
-    **dict.fromkeys(("effort", "summary", "mode", "context"), str),
-    "max_tokens": int,
-    "enabled": bool,
-}
-
-
 def _as_tool_choice(name: str, value: Any) -> Any:
     """`{type, function: {name}}` of chat becomes `{type, name}`; words stay."""
     value = _decoded(value)
@@ -6036,9 +6009,6 @@ def _as_tool_choice(name: str, value: Any) -> Any:
     if is_named or value in ("auto", "none", "required") or kind in _OTHER_CHOICES:
         return value
     raise InputError(f"The parameter {name} must be auto, none, required, or name a function")
-
-
-_OTHER_CHOICES: Final = ("web_search_preview", "web_search_preview_2025_03_11", "apply_patch", "shell")
 
 
 def _as_text_format(name: str, value: Any) -> JSONObject:
@@ -6053,6 +6023,12 @@ def _as_text_format(name: str, value: Any) -> JSONObject:
     return {"type": "json_schema", **known}
 
 
+_REASONING_CHOICES: Final[dict[str, type]] = {
+    **dict.fromkeys(("effort", "summary", "mode", "context"), str),
+    "max_tokens": int,
+    "enabled": bool,
+}
+_OTHER_CHOICES: Final = ("web_search_preview", "web_search_preview_2025_03_11", "apply_patch", "shell")
 _TRACE_NAMES: Final = ("trace_id", "trace_name", "span_name", "generation_name", "parent_span_id")
 # chat parameter -> (where it goes, how its value is read); what has no row is not sent.
 # What goes to the same place is joined; of two single values the later row wins.
@@ -6281,7 +6257,7 @@ _CHAT_ONLY_PARAMETERS: Final = (
     *("repetition_penalty", "logit_bias", "logprobs"),
 )
 _SHARED_PARAMETERS: Final = (
-    *_SAMPLING,
+    *("temperature", "top_p", "top_k", "frequency_penalty", "presence_penalty", "top_logprobs"),
     *("parallel_tool_calls", "modalities", "models", "provider", "plugins", "image_config", "service_tier"),
     *("session_id", "user", "metadata", "trace", "stop_server_tools_when"),
     *("cache_control", "prompt_cache_key", "prompt_cache_options"),
@@ -7194,13 +7170,6 @@ def _rest_of(state: StreamState, message: Mapping[str, Any]) -> JSONObject:
     return rest
 
 
-_CHAT_TEXTS: Final = {
-    "content": ("message", "text"),
-    "refusal": ("message", "refusal"),
-    "reasoning": ("reasoning", "reasoning"),
-}
-
-
 def _end_chat(state: StreamState) -> list[Emission]:
     emissions: list[Emission] = []
     for item in state.items:
@@ -7213,9 +7182,6 @@ def _end_chat(state: StreamState) -> list[Emission]:
         return [*emissions, Failed(_event_error({}))]
     reason = _CHAT_INCOMPLETE.get(state.finish, "")
     return [*emissions, TurnEnded("incomplete" if reason else "completed", reason)]
-
-
-_CHAT_INCOMPLETE: Final[dict[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
 
 
 def _chat_item(state: StreamState, name: str, kind: str) -> _Item:
@@ -7258,6 +7224,12 @@ def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> 
     return emissions
 
 
+_CHAT_TEXTS: Final = {
+    "content": ("message", "text"),
+    "refusal": ("message", "refusal"),
+    "reasoning": ("reasoning", "reasoning"),
+}
+_CHAT_INCOMPLETE: Final[dict[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
 _DETAIL_TEXTS: Final = ("text", "summary", "data")
 
 
@@ -10505,9 +10477,6 @@ class StreamingEngine:
                 raise _StreamEndedError
 
 
-_DONE: Final = b"[DONE]"
-
-
 def _says_done(frames: list[SSEFrame], decoder: SSEDecoder) -> bool:
     """Whether `[DONE]` has come; some proxies keep the connection open after it, or forget its blank line."""
     return (bool(frames) and frames[-1].strip() == _DONE) or decoder.open_lines == [_DONE]
@@ -10535,6 +10504,7 @@ def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> tuple[Upstre
     return None if body is None else request._replace(body=body), notice
 
 
+_DONE: Final = b"[DONE]"
 _REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
 _TOOLLESS: Final = "No provider of this model can use tools now; the answer was written without them."
 
@@ -11186,12 +11156,6 @@ def _pictures_sent(payload: JSONObject) -> int:
     return sum(part.get("type") == "input_image" for part in parts)
 
 
-_ONE_ROUND_TOO_MANY: Final = (
-    "Error: this call was not run, because there have been too many rounds of tools. "
-    "Answer now with what you know, and say what is missing."
-)
-
-
 def _asks_chat(body: CompletionsBody, valves: Valves) -> bool:
     """Whether the request goes to `/chat/completions` at once."""
     wanted = valves.UNSUPPORTED_PARAMETERS == "use_chat_completions" and body.wants_chat
@@ -11216,6 +11180,10 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
+_ONE_ROUND_TOO_MANY: Final = (
+    "Error: this call was not run, because there have been too many rounds of tools. "
+    "Answer now with what you know, and say what is missing."
+)
 _RECORDED: Final = frozenset({ItemClosed, ToolRequested, StatusUpdate, MediaProduced, TurnEnded})
 _NOT_RECALLED: Final = "Some earlier thinking of this chat could not be read: the model goes on without it."
 _NOT_REMEMBERED: Final = (

@@ -559,9 +559,17 @@ def _guarded_import(node: ast.Try) -> list[Violation]:
     ]
 
 
+def _run_at_once(node: ast.AST) -> Iterator[ast.AST]:
+    """What of an expression runs when it is evaluated: all but the bodies of lambdas."""
+    yield node
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(node, ast.Lambda) and child is node.body):
+            yield from _run_at_once(child)
+
+
 def _value_calls(node: ast.Assign | ast.AnnAssign, own: set[str]) -> list[Violation]:
     wrong: list[Violation] = []
-    for call in ast.walk(node.value) if node.value else ():
+    for call in _run_at_once(node.value) if node.value else ():
         if not isinstance(call, ast.Call):
             continue
         name = _dotted(call.func)
