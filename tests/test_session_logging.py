@@ -457,7 +457,7 @@ def test_a_log_that_raises_gets_the_next_line_all_the_same(
     written()
     server_log.fails = False
     LOGGER.info("three")
-    assert server_log.texts() == ["one", "three"]
+    assert [text.partition(" ")[0] for text in server_log.texts()] == ["one", "three"]
 
 
 class Unsayable:
