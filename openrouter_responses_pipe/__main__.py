@@ -1,4 +1,4 @@
-"""The command line: `simulate`, `run`, `install`, `chat`, `models` and `artifacts`.
+"""The command line: `simulate`, `run`, `install`, `chat`, `models`, `artifacts` and `metrics`.
 
 Needs the standard library only until a command is chosen: `install` works with any Python 3.11, and
 `run` looks for Open WebUI before it loads anything.
@@ -121,12 +121,21 @@ def _parser() -> argparse.ArgumentParser:
     artifacts = commands.add_parser(
         "artifacts", help="look after what the pipe keeps in Open WebUI's database"
     )
-    _add_artifact_commands(artifacts.add_subparsers(required=True, metavar="command"))
+    database = _database_options()
+    _add_artifact_commands(artifacts.add_subparsers(required=True, metavar="command"), database)
+
+    metrics = commands.add_parser(
+        "metrics", parents=[database], help="add up what all workers have done and used"
+    )
+    metrics.add_argument(
+        "--hours", type=_hours, default=24.0, help="how far to look back (default: %(default)g)"
+    )
+    metrics.set_defaults(command=sum_metrics)
     return parser
 
 
-def _add_artifact_commands(commands: Any) -> None:
-    """Add `stats`, `prune` and `verify`, with what all of them take."""
+def _database_options() -> argparse.ArgumentParser:
+    """Return the options of all commands that read Open WebUI's database."""
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument(
         "--database",
@@ -141,7 +150,11 @@ def _add_artifact_commands(commands: Any) -> None:
     )
     common.add_argument("--id", default=webui.FUNCTION_ID, help="the function's id (default: %(default)s)")
     common.add_argument("--json", action="store_true", help="print JSON")
+    return common
 
+
+def _add_artifact_commands(commands: Any, common: argparse.ArgumentParser) -> None:
+    """Add `stats`, `prune` and `verify`, with what all of them take."""
     stats = commands.add_parser("stats", parents=[common], help="how much is kept, and how old it is")
     stats.set_defaults(command=manage_artifacts, what="stats")
 
@@ -173,6 +186,13 @@ def _days(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError("a whole number of days, 1 at least, is expected")
     return int(text)
+
+
+def _hours(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 < (hours := float(text)) < float("inf"):
+            return hours
+    raise argparse.ArgumentTypeError("a number of hours, more than 0, is expected")
 
 
 # ── install ───────────────────────────────────────────────────────────
@@ -515,23 +535,33 @@ def _models_as_json(specs: Sequence[ModelSpec]) -> str:
     return json.dumps(entries, indent=2, default=sorted, ensure_ascii=False)
 
 
-# ── artifacts ─────────────────────────────────────────────────────────
+# ── artifacts and metrics ────────────────────────────────────────────
 
 
 def manage_artifacts(args: argparse.Namespace) -> int:
     """Look into the table of artifacts, or delete from it."""
+    if args.database and args.what == "prune" and args.days is None and not args.deleted_chats:
+        print("Say what to delete: --days, --deleted-chats or both.", file=sys.stderr)
+        return USAGE
+    return _on_database(args, "artifacts")
+
+
+def sum_metrics(args: argparse.Namespace) -> int:
+    """Say what all workers have done and used."""
+    return _on_database(args, "metrics")
+
+
+def _on_database(args: argparse.Namespace, module: str) -> int:
+    """Run what a module does with Open WebUI's database."""
     if not args.database:
         print("Name Open WebUI's database with --database or in DATABASE_URL.", file=sys.stderr)
         return USAGE
-    if args.what == "prune" and args.days is None and not args.deleted_chats:
-        print("Say what to delete: --days, --deleted-chats or both.", file=sys.stderr)
-        return USAGE
     logging.disable(logging.WARNING)  # what it says is for a server's log
     _without_open_webui()
-    from openrouter_responses_pipe import artifacts
+    from openrouter_responses_pipe import artifacts, metrics
 
     try:
-        return OK if artifacts.run(args) else FAILED
+        return OK if {"artifacts": artifacts, "metrics": metrics}[module].run(args) else FAILED
     except artifacts.CommandError as error:
         print(error, file=sys.stderr)
         return FAILED

@@ -12,7 +12,7 @@ import json
 import os
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -66,10 +66,7 @@ class Artifacts(NamedTuple):
         Raises:
             StorageError: the database fails.
         """
-        with pipe._storage_errors():
-            async with self.engine.connect() as connection:
-                names = await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names(self.schema))
-        return sorted(names)
+        return await _tables(pipe.Database(self.engine, self.schema))
 
 
 def run(args: argparse.Namespace) -> bool:
@@ -78,23 +75,39 @@ def run(args: argparse.Namespace) -> bool:
     Raises:
         CommandError: it cannot be done.
     """
+    return in_database(_run, args)
+
+
+def in_database(
+    work: Callable[[pipe.Database, argparse.Namespace], Awaitable[bool]], args: argparse.Namespace
+) -> bool:
+    """Do `work` with the database that the arguments name; return what it returns.
+
+    Raises:
+        CommandError: it cannot be done.
+    """
     # psycopg cannot work with the loop that is the usual one on Windows
     with asyncio.Runner(loop_factory=asyncio.SelectorEventLoop) as runner:
         try:
-            return runner.run(_run(args))
+            return runner.run(_opened(work, args))
         except pipe.StorageError as exc:
             raise CommandError(f"The database could not be used. {_one_line(exc)}") from None
 
 
-async def _run(args: argparse.Namespace) -> bool:
+async def _opened(
+    work: Callable[[pipe.Database, argparse.Namespace], Awaitable[bool]], args: argparse.Namespace
+) -> bool:
     engine = _engine(args.database)
     try:
-        database = pipe.Database(engine, args.schema or None)
-        found = Artifacts(engine, database.schema, pipe.ArtifactTable(database, args.id.lower()))
-        await _require(found)
-        return await COMMANDS[args.what](found, args)
+        return await work(pipe.Database(engine, args.schema or None), args)
     finally:
         await engine.dispose()
+
+
+async def _run(database: pipe.Database, args: argparse.Namespace) -> bool:
+    found = Artifacts(*database, pipe.ArtifactTable(database, args.id.lower()))
+    await require(database, found.table.table.name)
+    return await COMMANDS[args.what](found, args)
 
 
 def _engine(address: str) -> AsyncEngine:
@@ -121,18 +134,26 @@ def _one_line(exc: BaseException) -> str:
     return " ".join(str(exc).split())
 
 
-async def _require(found: Artifacts) -> None:
-    """Make sure that the table is there.
+async def _tables(database: pipe.Database) -> list[str]:
+    with pipe._storage_errors():
+        async with database.engine.connect() as connection:
+            names = await connection.run_sync(lambda sync: sa.inspect(sync).get_table_names(database.schema))
+    return sorted(names)
+
+
+async def require(database: pipe.Database, wanted: str) -> None:
+    """Make sure that a table of the pipe's is there.
 
     Raises:
         CommandError: it is not.
         StorageError: the database fails.
     """
-    tables, wanted = await found.tables(), found.table.table.name
+    tables = await _tables(database)
     if wanted in tables:
         return
-    like = [name for name in tables if name.startswith("pipe_") and name.endswith("_artifacts")]
-    where = f"the schema {found.schema}" if found.schema else "this database"
+    kind = wanted[wanted.rindex("_") :]
+    like = [name for name in tables if name.startswith("pipe_") and name.endswith(kind)]
+    where = f"the schema {database.schema}" if database.schema else "this database"
     others = f" There is {', '.join(like)}: --id names the function." if like else ""
     raise CommandError(f"There is no table {wanted} in {where}.{others}")
 
