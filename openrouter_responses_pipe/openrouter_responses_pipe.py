@@ -2182,11 +2182,16 @@ class LogContext(NamedTuple):
     def marks(self) -> str:
         """What stands at the end of each line; nothing where it is nobody's."""
         named = {"request": self.request, "user": self.user, "session": self.session}
-        words = ", ".join(f"{name} {value}" for name, value in named.items() if value)
+        words = ", ".join(f"{name} {_printable(value[:64])}" for name, value in named.items() if value)
         return f" [{words}]" if self.request else ""
 
 
 _LOG_CONTEXT: Final = contextvars.ContextVar("openrouter_log", default=LogContext())  # noqa: B039 - a tuple
+
+
+def _printable(text: str) -> str:
+    """`text` in one line, so that nobody can make it look like several."""
+    return _UNPRINTABLE_RE.sub(" ", text)
 
 
 def _nobodys_context() -> contextvars.Context:
@@ -2220,7 +2225,7 @@ class SessionLogger(logging.Handler):
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         super().__init__()
-        self.logs: OrderedDict[str, SessionLog] = OrderedDict()
+        self.logs: OrderedDict[tuple[str, str], SessionLog] = OrderedDict()  # by user and session
         self.least = logging.INFO  # of lines that are of no request
         self._clock = clock
         self._waiting: queue.Queue[logging.LogRecord | threading.Event | None] = queue.Queue(_MOST_LOG_LINES)
@@ -2231,11 +2236,12 @@ class SessionLogger(logging.Handler):
     def bind(self, context: LogContext, most_lines: int) -> Iterator[None]:
         """What is logged inside, also by tasks that are made there, is of `context`."""
         self.cleanup()
-        known = self.logs.pop(context.session, None)
+        key = context.user, context.session
+        known = self.logs.pop(key, None)
         lines = known.lines if known is not None else deque[LogLine]()
         if lines.maxlen != most_lines:
             lines = deque(lines, most_lines)
-        self.logs[context.session] = SessionLog(lines, self._clock())
+        self.logs[key] = SessionLog(lines, self._clock())
         token = _LOG_CONTEXT.set(context._replace(owner=self))
         try:
             yield
@@ -2249,18 +2255,23 @@ class SessionLogger(logging.Handler):
         there = [handler for handler in LOGGER.handlers if isinstance(handler, SessionLogger)]
         if self is not (context.owner if context.owner in there else there[0]):
             return
-        text = _UNPRINTABLE_RE.sub(" ", record.getMessage())
-        log = self.logs.get(context.session) if context.request else None
+        try:
+            text = _printable(record.getMessage())
+        except (TypeError, ValueError, KeyError):  # a line that cannot be said must not fail a chat
+            text = _printable(str(record.msg))
+        key = context.user, context.session
+        log = self.logs.pop(key, None) if context.request else None
         if log is not None:
-            whole = text + _traceback_of(record) if record.exc_info else text
-            log.lines.append(LogLine(context.request, record.created, record.levelname, whole))
+            lines = "\n".join(filter(None, (text, _traceback_of(record))))
+            log.lines.append(LogLine(context.request, record.created, record.levelname, lines))
+            self.logs[key] = log._replace(used_at=self._clock())  # to the end: it is in use
         if record.levelno >= (context.level if context.request else self.least):
             self._enqueue(record, text + context.marks)
 
     def _enqueue(self, record: logging.LogRecord, text: str) -> None:
         """Hand a line to the thread; where it does not come along, lines are dropped and counted."""
         line = copy.copy(record)
-        line.msg, line.args = text, None
+        line.msg, line.args, line.exc_text = text, None, _traceback_of(record) or None
         if self._dropped:
             line.msg = f"{text} (before this line {self._dropped} were dropped: the log is too slow)"
         try:
@@ -2271,8 +2282,8 @@ class SessionLogger(logging.Handler):
 
     def flush_for_citation(self, context: LogContext) -> str:
         """The lines of one request for people to read: without keys, ids and addresses."""
-        log = self.logs.get(context.session)
-        lines = [line for line in log.lines if line.request == context.request] if log else []
+        log = self.logs.get((context.user, context.session))
+        lines = [line for line in list(log.lines) if line.request == context.request] if log else []
         text = "\n".join(map(_as_read, lines))
         for own in (context.user, context.session):
             text = text.replace(own, "[…]") if len(own) > _SHORT_ID_CHARS else text
@@ -2288,17 +2299,24 @@ class SessionLogger(logging.Handler):
 
     def start(self) -> None:
         """Take over from the loggers of the server, and write to them from a thread. Idempotent."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="openrouter log", daemon=True)
+        if self not in LOGGER.handlers:
+            self._waiting = queue.Queue(_MOST_LOG_LINES)
+            self._thread = threading.Thread(
+                target=self._run, args=(self._waiting,), name="openrouter log", daemon=True
+            )
             self._thread.start()
             LOGGER.addHandler(self)
 
     def stop(self) -> None:
         """Take nothing more; the thread ends when it has written what waits. Idempotent."""
-        if self in LOGGER.handlers:
-            LOGGER.removeHandler(self)
-            with contextlib.suppress(queue.Full):  # the log hangs: the thread dies with the process
+        is_told = self not in LOGGER.handlers
+        LOGGER.removeHandler(self)
+        while not is_told:
+            with contextlib.suppress(queue.Full, queue.Empty):  # where the log hangs, the oldest makes room
+                if self._waiting.full():
+                    self._waiting.get_nowait()
                 self._waiting.put_nowait(None)
+                is_told = True
 
     def flush(self) -> None:
         """Wait until what was logged before is written, for a second at most."""
@@ -2311,8 +2329,8 @@ class SessionLogger(logging.Handler):
                 written.wait(_LOG_FLUSH_S)
 
     # Three functions deep, so that the server's log finds one of this file where it looks for the caller.
-    def _run(self) -> None:
-        while (line := self._waiting.get()) is not None:
+    def _run(self, waiting: queue.Queue[logging.LogRecord | threading.Event | None]) -> None:
+        while (line := waiting.get()) is not None:
             self._write(line)
 
     def _write(self, line: logging.LogRecord | threading.Event) -> None:
@@ -2328,17 +2346,21 @@ class SessionLogger(logging.Handler):
 def _traceback_of(record: logging.LogRecord) -> str:
     if record.exc_info is None or record.exc_info[0] is None:
         return ""
-    return "\n" + "".join(traceback.format_exception(*record.exc_info)).rstrip()
+    lines = "".join(traceback.format_exception(*record.exc_info)).splitlines()
+    return "\n".join(f"    {_printable(line)}" for line in lines)
 
 
 def _as_read(line: LogLine) -> str:
     clock = time.strftime("%H:%M:%S", time.gmtime(line.created))
-    return f"{clock}.{int(line.created % 1 * 1000):03} {line.level} {line.text[:_MOST_LINE_CHARS]}"
+    text, half = line.text, _MOST_LINE_CHARS // 2
+    if len(text) > _MOST_LINE_CHARS:  # the end of a traceback says what it was
+        text = f"{text[:half]} […] {text[-half:]}"
+    return f"{clock}.{int(line.created % 1 * 1000):03} {line.level} {text}"
 
 
 _MOST_LOG_LINES: Final = 10_000  # that wait for the server's log
 _MOST_LINE_CHARS: Final = 4_000
-_MOST_SESSION_LOGS: Final = 500
+_MOST_SESSION_LOGS: Final = 1_500  # more than may run and wait
 _SHORT_ID_CHARS: Final = 5  # could be any word
 _SESSION_LOG_S: Final = 3600.0
 _LOG_FLUSH_S: Final = 1.0
@@ -9850,6 +9872,8 @@ class MetricsTable:
                 await connection.execute(CreateTable(self.table, if_not_exists=True))
                 for index in self.table.indexes:
                     await connection.execute(CreateIndex(index, if_not_exists=True))
+            # Of its own: the lock for an index and those for rows of other workers would wait for each other.
+            async with self._engine.begin() as connection:
                 await connection.execute(sa.insert(self.table).values(values))
                 await connection.execute(sa.delete(self.table).where(self.table.c.at < row.at - keep_s))
 
@@ -9916,7 +9940,7 @@ class Metrics:
         counts, spreads = self._counts, self._spreads
         if not counts and not spreads:
             return
-        self._counts, self._spreads = {}, {}
+        self._counts, self._spreads, is_written = {}, {}, False
         now = self._clock()
         row = MetricsRow(self._worker, self._now(), now - self._since, counts, spreads)
         try:
@@ -9924,11 +9948,12 @@ class Metrics:
             if database is not None:
                 async with asyncio.timeout(_CLEANUP_S):
                     await MetricsTable(database, self._pipe_id).add(row, _KEEP_METRICS_S)
+                self._since, is_written = now, True
         except (StorageError, TimeoutError, ImportError) as exc:
             LOGGER.debug("the metrics could not be written: %s", exc)
-            self._take_back(counts, spreads)
-        else:
-            self._since = now
+        finally:  # also when the housekeeping is ended meanwhile
+            if not is_written:
+                self._take_back(counts, spreads)
 
     def _take_back(self, counts: Mapping[str, float], spreads: Mapping[str, Sequence[int]]) -> None:
         for name, amount in counts.items():
@@ -11670,6 +11695,7 @@ class Runtime:
             except Exception:
                 outcome = "failed"
                 LOGGER.exception("request %s: unexpected error", job.request_id)
+                self._metrics.count(f"errors.{PipeError.template}")
                 await self._say_last(job, PipeError())
             job.emitter.aclose()
             self._note_end(job, outcome)
@@ -11701,16 +11727,14 @@ class Runtime:
     async def _answer(self, job: _PipeJob) -> str:
         """Run a job whose turn it is; "answered" or "failed"."""
         await job.emitter.send(job.remarks)
-        connection: Connection | None = None
         if self._warmup_failed:
             with contextlib.suppress(ConfigurationError):
-                connection = _connection(job.valves, self._env)
-                await self._checks.check(connection)
+                await self._checks.check(_connection(job.valves, self._env))
         error = await self._turns.run(job)
         if error is not None:
             self._metrics.count(f"errors.{error.template}")
-        elif connection is not None:
-            self._checks.note_success(connection)
+        elif self._warmup_failed:
+            self._checks.note_success(_connection(job.valves, self._env))
         return "answered" if error is None else "failed"
 
     def _note_end(self, job: _PipeJob, outcome: str) -> None:

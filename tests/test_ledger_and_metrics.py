@@ -244,7 +244,6 @@ async def test_several_workers_write_side_by_side(sqlite: AsyncEngine) -> None:
     await _written_by_eight(sqlite)
 
 
-@pytest.mark.xfail(strict=True, reason="each row asks for the index first, whose locks end in deadlocks")
 async def test_several_workers_write_side_by_side_into_postgresql(postgres_url: str) -> None:
     async with host_engine(postgres_url) as engine:
         host_database.use(engine)
@@ -326,7 +325,6 @@ async def test_a_database_that_hangs_loses_nothing(database: AsyncEngine, locked
     assert (row.counts, row.seconds, seen([row])) == ({"tools": 6}, 120, {"seconds": 2})
 
 
-@pytest.mark.xfail(strict=True, reason="what is being written when the housekeeping is ended is lost")
 async def test_a_write_that_is_called_off_loses_nothing(database: AsyncEngine, locked: Any) -> None:
     """So it goes when a function is saved while its housekeeping waits for the database."""
     worker = Worker()
@@ -550,7 +548,6 @@ async def test_a_bug_is_a_failure(simulator: Simulator, sqlite: AsyncEngine) -> 
     assert sums(found)["requests.failed"] == 1
 
 
-@pytest.mark.xfail(strict=True, reason="a bug is counted as a failure without a kind")
 async def test_the_kinds_of_errors_are_as_many_as_the_failures(
     simulator: Simulator, sqlite: AsyncEngine
 ) -> None:
@@ -576,17 +573,15 @@ async def test_a_stop(simulator: Simulator, sqlite: AsyncEngine) -> None:
 
 async def test_a_refusal(simulator: Simulator, sqlite: AsyncEngine) -> None:
     """What the check of the start keeps out; the check itself is no request."""
-    simulator.next("http_error", name="401_bad_key", on="/key", times=50)
-    async with counting(simulator, sqlite, ENABLE_STARTUP_CHECKS=True) as (pipe, found):
+    valves: Json = {"ENABLE_STARTUP_CHECKS": True, "API_KEY": "sk-bad-key"}
+    async with counting(simulator, sqlite, **valves) as (pipe, found):
         async with asyncio.timeout(PATIENCE_S):
-            while (await ask(pipe, "hello")).error == "":
+            while not (await ask(pipe, "hello")).error.startswith("Service unavailable"):
                 pass
         assert (await ask(pipe, "hello")).error.startswith("Service unavailable")
     counts = sums(found)
     assert counts["requests.refused"] == 2
-    assert set(counts) <= {
-        "requests.refused", "requests.answered", "input_tokens", "output_tokens", "cost", "cached_tokens",
-    }  # fmt: skip
+    assert set(counts) <= {"requests.refused", "requests.failed", "errors.authentication"}
 
 
 async def test_what_was_replaced_writes_what_it_has_counted(
