@@ -149,7 +149,9 @@ async def _a_tool(simulator: Simulator) -> None:
 
 async def _a_parameter(simulator: Simulator) -> None:
     async with running_pipe(simulator.base_url) as pipe:
-        await ask(pipe, "Hello", **{FORGED: 1})
+        given = arguments("Hello")
+        given["body"][FORGED] = 1
+        await call(pipe, given)
 
 
 async def _a_file(simulator: Simulator) -> None:
@@ -471,7 +473,7 @@ async def test_nobody_is_told_what_the_key_of_the_administrators_has_left(
         request.applymarker(bug("a key that is the word inherit is none, but counts as one"))
     monkeypatch.setenv("WEBUI_SECRET_KEY", secret)
     given = arguments("Hello")
-    given["__user__"]["valves"] = UserValves(API_KEY=own)
+    given["__user__"]["valves"] = UserValves.model_validate({"API_KEY": own})
     simulator.next("http_error", name="402_credits")
     async with running_pipe(simulator.base_url, ALLOW_USER_API_KEYS=True) as pipe:
         await pipe.pipes()
@@ -482,12 +484,19 @@ async def test_nobody_is_told_what_the_key_of_the_administrators_has_left(
     assert administrators not in asked
 
 
+def valves_with(**values: Any) -> Valves:
+    """Valves as the host makes them of what it has stored."""
+    return Valves.model_validate(values)
+
+
 _SECRET_THINGS: Final[dict[str, Callable[[], Any]]] = {
     "connection": lambda: Connection("https://x.example", KEY, (("X-OpenWebUI-User-Email", KEY),)),
     "environment": lambda: HostEnvironment(secret=KEY),
-    "valves": lambda: Valves(API_KEY=KEY, ARTIFACT_ENCRYPTION_KEY=KEY),
-    "valves of a person": lambda: UserValves(API_KEY=KEY),
-    "artifacts": lambda: _artifact_settings(Valves(ARTIFACT_ENCRYPTION_KEY=KEY), HostEnvironment(KEY), "p"),
+    "valves": lambda: valves_with(API_KEY=KEY, ARTIFACT_ENCRYPTION_KEY=KEY),
+    "valves of a person": lambda: UserValves.model_validate({"API_KEY": KEY}),
+    "artifacts": lambda: _artifact_settings(
+        valves_with(ARTIFACT_ENCRYPTION_KEY=KEY), HostEnvironment(KEY), "p"
+    ),
     "pipe": Pipe,
     "picture": lambda: MediaProduced(0, KEY),
     "file": lambda: MediaBlob(url=KEY, text=KEY),

@@ -12,11 +12,11 @@ import fnmatch
 import json
 import sqlite3
 import urllib.parse
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -134,17 +134,17 @@ def _of_postgres(host: BigHost, secret: str) -> Iterator[Place]:
 
 
 def _of_redis(host: BigHost) -> Iterator[Place]:
-    read = {
-        b"string": lambda client, key: client.get(key),
-        b"list": lambda client, key: client.lrange(key, 0, -1),
-        b"set": lambda client, key: client.smembers(key),
-        b"hash": lambda client, key: client.hgetall(key),
-        b"zset": lambda client, key: client.zrange(key, 0, -1),
-        b"stream": lambda client, key: client.xrange(key),
+    read: dict[str, Callable[[Any, bytes], Any]] = {
+        "string": lambda client, key: client.get(key),
+        "list": lambda client, key: client.lrange(key, 0, -1),
+        "set": lambda client, key: client.smembers(key),
+        "hash": lambda client, key: client.hgetall(key),
+        "zset": lambda client, key: client.zrange(key, 0, -1),
+        "stream": lambda client, key: client.xrange(key),
     }
     with host.redis() as client:
         for key in client.scan_iter():
-            content = read.get(client.type(key), lambda client, key: b"")(client, key)
+            content = read[cast(bytes, client.type(key)).decode()](client, key)
             whole = content if isinstance(content, bytes) else repr(content).encode()
             yield Place(f"redis {key.decode()}", key + b" " + whole)
 
