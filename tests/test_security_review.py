@@ -35,10 +35,13 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     Pipe,
     PipeError,
     RequestSettings,
+    RetryPolicy,
     StorageError,
+    StreamingEngine,
     ToolCall,
     ToolLimits,
     ToolOrchestrator,
+    UpstreamRequest,
     UserValves,
     Valves,
     _arguments_of,
@@ -502,6 +505,23 @@ _SECRET_THINGS: Final[dict[str, Callable[[], Any]]] = {
     "file": lambda: MediaBlob(url=KEY, text=KEY),
     "page": lambda: ErrorPage(error_id="1"),
 }
+
+
+@bug("of an error within a stream the words are mended, its `repr` is not")
+async def test_no_error_holds_the_key(client: OpenRouterClient, simulator: Simulator) -> None:
+    event = {"type": "error", "error": {"message": f"Bad key {KEY}", "code": 401}}
+    simulator.next("golden", body=f"data: {json.dumps(event)}\n\n")
+
+    async def sink(emissions: Any) -> None:
+        pass
+
+    message = {"role": "user", "content": [{"type": "input_text", "text": "Hello"}]}
+    request = UpstreamRequest({"model": MODEL, "input": [message], "stream": True})
+    with pytest.raises(PipeError) as caught:
+        await StreamingEngine(client).stream(
+            connection_to(simulator.base_url), request, sink, RetryPolicy(attempts=0)
+        )
+    assert KEY not in f"{caught.value!r} {caught.value} {caught.value.detail}"
 
 
 @pytest.mark.parametrize("secret", ["", KEY])
