@@ -22,10 +22,14 @@ from tests.engines import PostgresServer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the first test time to start the server; run the demo before that, and look at the log last."""
+    """Give the first test time to start the server; run the demo before that.
+
+    What the servers wrote is looked at when all others have run: first for secrets, then at the log.
+    """
     for item in items:
         item.add_marker(pytest.mark.timeout(300))
-    items.sort(key=lambda item: ("e2e_host_log" in item.nodeid) - ("e2e_run" in item.nodeid))
+    late = {"test_e2e_run": -1, "test_e2e_secrets": 1, "test_e2e_host_log": 2}
+    items.sort(key=lambda item: late.get(item.path.stem, 0))
 
 
 @pytest.fixture(scope="session")
