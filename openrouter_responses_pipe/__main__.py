@@ -92,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     install.add_argument(
         "--token",
         default=os.environ.get("OPEN_WEBUI_TOKEN", ""),
-        help="an administrator's token or API key (default: $OPEN_WEBUI_TOKEN)",
+        help="an administrator's token or API key; `ps` shows it, better is $OPEN_WEBUI_TOKEN (the default)",
     )
     install.add_argument("--id", default=webui.FUNCTION_ID, help="the function's id (default: %(default)s)")
     install.add_argument(
@@ -103,7 +103,9 @@ def _parser() -> argparse.ArgumentParser:
     chat = commands.add_parser("chat", help="ask one question in the terminal, without Open WebUI")
     chat.add_argument("question")
     chat.add_argument("--model", default=DEMO_MODELS[0], help="an OpenRouter model id (default: %(default)s)")
-    chat.add_argument("--key", default="", help="the API key (default: $OPENROUTER_API_KEY)")
+    chat.add_argument(
+        "--key", default="", help="the API key; `ps` shows it, better is $OPENROUTER_API_KEY (the default)"
+    )
     chat.add_argument("--base-url", default="", help=f"where the API is (default: {OPENROUTER_URL})")
     chat.set_defaults(command=chat_once)
 
@@ -114,7 +116,9 @@ def _parser() -> argparse.ArgumentParser:
         "--sort", choices=MODEL_SORTS, default="name", help="the order (default: %(default)s)"
     )
     models.add_argument("--json", action="store_true", help="print all that is known, as JSON")
-    models.add_argument("--key", default="", help="an API key (default: $OPENROUTER_API_KEY); not needed")
+    models.add_argument(
+        "--key", default="", help="an API key; not needed; `ps` shows it (default: $OPENROUTER_API_KEY)"
+    )
     models.add_argument("--base-url", default="", help=f"where the API is (default: {OPENROUTER_URL})")
     models.set_defaults(command=list_models)
 
@@ -172,7 +176,7 @@ def _add_artifact_commands(commands: Any, common: argparse.ArgumentParser) -> No
     verify.add_argument(
         "--secret",
         action="append",
-        help="the server's secret key, also several times (default: $WEBUI_SECRET_KEY)",
+        help="the server's secret key, also several times; `ps` shows it (default: $WEBUI_SECRET_KEY)",
     )
     verify.add_argument(
         "--artifact-key",
@@ -446,18 +450,23 @@ async def _print_chunks(chunks: AsyncIterator[Any]) -> str:
         delta = _delta(chunk)
         if (reasoning := delta.get("reasoning_content")) and dim:
             thinking = True
-            print(f"\x1b[2m{reasoning}\x1b[0m", end="", file=sys.stderr, flush=True)
+            print(f"\x1b[2m{_harmless(reasoning)}\x1b[0m", end="", file=sys.stderr, flush=True)
         if content := delta.get("content"):
             if thinking:
                 thinking = False
                 print("\n", file=sys.stderr, flush=True)
             answering = True
-            print(content, end="", flush=True)
+            print(_harmless(content) if sys.stdout.isatty() else content, end="", flush=True)
     if thinking:
         print(file=sys.stderr)
     if answering:
         print(flush=True)
     return error
+
+
+def _harmless(text: str) -> str:
+    """Text of a model without what would steer a terminal: colours, titles, the clipboard."""
+    return "".join(char for char in text if (char >= " " and not "\x7f" <= char <= "\x9f") or char in "\n\t")
 
 
 def _delta(chunk: Any) -> dict[str, Any]:

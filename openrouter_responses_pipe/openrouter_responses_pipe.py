@@ -213,7 +213,7 @@ _ID_RE: Final = re.compile(r"[\w.:@-]{1,200}")
 _EMPTY_BRACKETS_RE: Final = re.compile(r"\(\s*\)|\[\s*\]")
 _MARKDOWN_RE: Final = re.compile(r"!?\[([^\]]*)\]\([^)]*\)|[*`]+")  # links keep their words
 _UNPRINTABLE_RE: Final = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
-_LINE_BREAKS_RE: Final = re.compile(r"\s*[\r\n]+\s*")
+_LINE_BREAKS_RE: Final = re.compile(r"(?<!\s)[^\S\r\n]*+[\r\n]\s*+")  # a megabyte of spaces is no work
 _IDS_RE: Final = re.compile(r"\bsk-[\w-]{8,}|\b(?:user|sess|session|org|key)_(?=[a-z]*[A-Z0-9])\w+")
 _PLAIN_WORD_RE: Final = re.compile(r"[a-z]+(?:[ ,;!?]|\.?$)")  # no model id, no path, no name of a parameter
 _CODE_WORD_RE: Final = re.compile(r"\d+|[A-Za-z0-9]+(?:_[A-Za-z0-9]+)+|None|null")
@@ -241,6 +241,13 @@ _ULID_RE: Final = re.compile(r"[0-7][0-9A-HJKMNP-TV-Z]{25}")
 _UUID_RE: Final = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
 _BASE64_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
 
+_MAX_LINE_CHARS: Final = 4_000
+
+
+def _printable(text: str) -> str:
+    """`text` in one line that steers no terminal, so that nobody can make it look like several."""
+    return _UNPRINTABLE_RE.sub(" ", text)
+
 
 class _FileLogger(logging.Logger):
     """The logger of one load of this file: a load that still answers while another begins has its own.
@@ -251,6 +258,15 @@ class _FileLogger(logging.Logger):
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802 - so it is called
         """Whether somebody takes lines of this level."""
         return bool(self.handlers) or logging.getLogger(self.name).isEnabledFor(level)
+
+    def handle(self, record: logging.LogRecord) -> None:
+        """Take a line. Names, words and ids in it may have come from anywhere: it stays one, and bounded."""
+        try:
+            text = record.getMessage()
+        except (TypeError, ValueError, KeyError):  # a line that cannot be said must not fail a chat
+            text = str(record.msg)
+        record.msg, record.args = _printable(text[:_MAX_LINE_CHARS]), None
+        super().handle(record)
 
     def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Give a line to whoever takes them, else to the server's log."""
@@ -473,11 +489,6 @@ class ModelSpec(NamedTuple):
     def is_free(self) -> bool:
         """Whether it costs nothing, in and out."""
         return self.price_in == 0 and self.price_out == 0
-
-    @property
-    def is_router(self) -> bool:
-        """Whether OpenRouter chooses the model for each request."""
-        return self.vendor == "openrouter"
 
     @property
     def writes_text(self) -> bool:
@@ -1220,6 +1231,8 @@ def _provider_sentence(detail: str, optional: bool) -> str:
         return ""
     if len(words) > _MAX_WORDS_CHARS:
         words = words[:_MAX_WORDS_CHARS] + " …"
+    # Control characters steer terminals, and PostgreSQL takes no U+0000.
+    words = "".join(char for char in words if char.isprintable() or char.isspace())
     if _PLAIN_WORD_RE.match(words):
         words = words[0].upper() + words[1:]
     return words + "." if words and words[-1] not in ".!?…" else words
@@ -1400,7 +1413,7 @@ def _retry_after_s(value: Any, now: float) -> float | None:
     text = str(value or "").strip()
     seconds = _as_float(text)
     if text and math.isnan(seconds):
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, OverflowError):
             seconds = parsedate_to_datetime(text).timestamp() - now
     return max(0.0, seconds) if math.isfinite(seconds) else None
 
@@ -1605,20 +1618,27 @@ def _new_item_id(kind: str) -> str:
     return f"{kind}_{secrets.token_hex(12)}"
 
 
-def _unique_id(wanted: str, used: set[str]) -> str:
-    """`wanted`, or with the first number behind it that makes it new; the result is added to `used`."""
-    name, count = wanted, 1
+def _unique_id(wanted: str, used: dict[str, int]) -> str:
+    """`wanted`, or with the first number behind it that makes it new; the result is added to `used`.
+
+    `used` has with each id the last number that was tried behind it.
+    """
+    name = wanted
     while name in used:
-        count += 1
-        name = f"{wanted}_{count}"
-    used.add(name)
+        used[wanted] += 1
+        name = f"{wanted}_{used[wanted]}"
+    used[name] = 1
     return name
 
 
-@functools.lru_cache(maxsize=1_000)
 def _safe_tool_name(name: str) -> str:
     """A name that every provider takes: 64 letters, digits, _ and - at most."""
-    return _NOT_IN_TOOL_NAMES_RE.sub("_", name)[:_MAX_TOOL_NAME] or "tool"
+    return _safe_short_name(name[:_MAX_TOOL_NAME])  # cut first: what is kept must not be of any length
+
+
+@functools.lru_cache(maxsize=1_000)
+def _safe_short_name(name: str) -> str:
+    return _NOT_IN_TOOL_NAMES_RE.sub("_", name) or "tool"
 
 
 def _cut_text(text: str, most_chars: int) -> str:
@@ -1629,9 +1649,6 @@ def _cut_text(text: str, most_chars: int) -> str:
     head = kept * 2 // 3
     mark = f"\n[… {len(text) - kept:,} characters left out …]\n"
     return f"{text[:head]}{mark}{text[len(text) - (kept - head) :]}"
-
-
-_SAYS_WHEN_LOST: Final = "_log_destroy_pending"  # the switch by which asyncio's own functions do the same
 
 
 def _end_unheard(task: asyncio.Task[Any]) -> None:
@@ -1691,6 +1708,7 @@ def _upstream_model_id(model: str) -> str:
     return tail if dot and "/" not in head and "@" not in head else model
 
 
+_SAYS_WHEN_LOST: Final = "_log_destroy_pending"  # the switch by which asyncio's own functions do the same
 # What is not the open internet (IANA's registries of special addresses, and all of IPv6 beside 2000::/3)
 _INWARD_NETWORKS: Final = """
     0.0.0.0/8 10.0.0.0/8 100.64.0.0/10 127.0.0.0/8 169.254.0.0/16 172.16.0.0/12 192.0.0.0/24 192.0.2.0/24
@@ -1909,7 +1927,11 @@ def _name_of(address: str) -> str:
 
 def _shown_name(name: str) -> str:
     """A name that somebody gave to a file, fit for one line: nothing in it that cannot be seen."""
-    return "".join(letter for letter in " ".join(name.split()) if letter.isprintable())[:80]
+    return _one_line(name)[:80]
+
+
+def _one_line(text: str) -> str:
+    return "".join(letter for letter in " ".join(text.split()) if letter.isprintable())
 
 
 def _host_file_id(address: str, webui_url: str = "") -> str:
@@ -2189,11 +2211,6 @@ class LogContext(NamedTuple):
 _LOG_CONTEXT: Final = contextvars.ContextVar("openrouter_log", default=LogContext())  # noqa: B039 - a tuple
 
 
-def _printable(text: str) -> str:
-    """`text` in one line, so that nobody can make it look like several."""
-    return _UNPRINTABLE_RE.sub(" ", text)
-
-
 def _nobodys_context() -> contextvars.Context:
     """For what serves all: it is of no request, although one may have begun it."""
     context = contextvars.copy_context()
@@ -2255,11 +2272,7 @@ class SessionLogger(logging.Handler):
         there = [handler for handler in LOGGER.handlers if isinstance(handler, SessionLogger)]
         if self is not (context.owner if context.owner in there else there[0]):
             return
-        try:
-            text = _printable(record.getMessage())
-        except (TypeError, ValueError, KeyError):  # a line that cannot be said must not fail a chat
-            text = _printable(str(record.msg))
-        key = context.user, context.session
+        text, key = record.getMessage(), (context.user, context.session)
         log = self.logs.pop(key, None) if context.request else None
         if log is not None:
             lines = "\n".join(filter(None, (text, _traceback_of(record))))
@@ -2467,22 +2480,14 @@ def _secret(description: str) -> Any:
 
 class _ConnectionValves:
     # The groups are plain classes: only the model at their end is built, once.
-    API_KEY: EncryptedStr = _secret(
-        "OpenRouter API key (sk-or-…). Stored encrypted if the server has a WEBUI_SECRET_KEY."
-    )
+    API_KEY: EncryptedStr = _secret("OpenRouter API key (sk-or-…); encrypted if WEBUI_SECRET_KEY is set.")
     BASE_URL: str = _valve("https://openrouter.ai/api/v1", "Address of the API.")
     ALLOW_USER_API_KEYS: bool = _valve(False, "Let users enter a key of their own.")
     CONNECT_TIMEOUT_SECONDS: int = _valve(10, "Seconds to wait for a connection.", 1, 60)
-    TIMEOUT: int = _valve(
-        300, "Seconds of complete silence after which a request counts as failed.", 10, 3600
-    )
+    TIMEOUT: int = _valve(300, "Seconds of silence after which a request counts as failed.", 10, 3600)
     REQUEST_DEADLINE_SECONDS: int = _valve(3600, "Seconds for one whole answer; 0 = no limit.", 0, 86400)
-    RETRY_ATTEMPTS: int = _valve(
-        3, "Further tries after a passing failure, while nothing was shown yet.", 0, 10
-    )
-    RETRY_MAX_WAIT_SECONDS: int = _valve(
-        30, "Longest wait before another try; a longer one is shown as an error.", 1, 300
-    )
+    RETRY_ATTEMPTS: int = _valve(3, "Further tries after a passing failure, while nothing was shown.", 0, 10)
+    RETRY_MAX_WAIT_SECONDS: int = _valve(30, "Longest wait before a try; a longer one is an error.", 1, 300)
     APP_URL: str = _valve("", "Sent as HTTP-Referer; empty = Open WebUI's own address.")
     APP_TITLE: str = _valve("Open WebUI", "Sent as the application's name.")
     APP_CATEGORIES: str = _valve(
@@ -2493,9 +2498,7 @@ class _ConnectionValves:
 
 class _ModelValves(_ConnectionValves):
     MODEL_ID: str = _valve("auto", "Models of the menu: auto = all, or a comma list of ids, * allowed.")
-    EXCLUDE_KEYWORDS: str = _valve(
-        "", "Models whose id or name holds one of these words are left out: a comma list."
-    )
+    EXCLUDE_KEYWORDS: str = _valve("", "A comma list: models with such a word in id or name are left out.")
     FREE_MODEL_FILTER: Literal["all", "only", "exclude"] = _valve(
         "all", "Free models: show all models, only the free ones, or none of them."
     )
@@ -2514,9 +2517,7 @@ class _ModelValves(_ConnectionValves):
         0.0,
         1_000_000.0,
     )
-    HIDE_EXPIRING_DAYS: int = _valve(
-        0, "Leave out models that go away within so many days; 0 = none.", 0, 365
-    )
+    HIDE_EXPIRING_DAYS: int = _valve(0, "Leave out models that go away within these days; 0 = none.", 0, 365)
     VARIANT_MODELS: str = _valve(
         "",
         "Models shown besides, filters or not: a comma list of ids with a shortcut or preset, such as "
@@ -2528,9 +2529,7 @@ class _ModelValves(_ConnectionValves):
     MODEL_NAME_FORMAT: str = _valve(
         "{name}", "Name of a model in the menu; filled in: {name}, {id}, {vendor}, {price}, {context}."
     )
-    MODEL_CATALOG_REFRESH_SECONDS: int = _valve(
-        3600, "Seconds after which the list of models is renewed.", 60, 86400
-    )
+    MODEL_CATALOG_REFRESH_SECONDS: int = _valve(3600, "Seconds until the model list is renewed.", 60, 86400)
     ACCOUNT_MODELS_ONLY: bool = _valve(
         False, "Only models that the privacy and provider settings of the key's account allow."
     )
@@ -2550,23 +2549,13 @@ class _StreamingValves(_ModelValves):
     STREAMING_UPDATE_PROFILE: Literal["auto", "quick", "normal", "slow", "custom"] = _valve(
         "auto", "How often text reaches the page. auto = at once; custom = the two valves below."
     )
-    STREAMING_UPDATE_CHAR_LIMIT: int = _valve(
-        20, "Profile custom: this many characters leave at once.", 10, 500
-    )
-    STREAMING_IDLE_FLUSH_MS: int = _valve(
-        250, "Profile custom: milliseconds that fewer characters may wait.", 0, 2000
-    )
+    STREAMING_UPDATE_CHAR_LIMIT: int = _valve(20, "Profile custom: so many letters leave at once.", 10, 500)
+    STREAMING_IDLE_FLUSH_MS: int = _valve(250, "Profile custom: milliseconds that fewer may wait.", 0, 2000)
     SHOW_THINKING: bool = _valve(True, "Show the model's reasoning.")
     SHOW_FINAL_USAGE_STATUS: bool = _valve(True, "Show time, tokens and cost when an answer is complete.")
-    STREAMING_CHUNK_QUEUE_MAXSIZE: int = _valve(
-        100, "Network reads that may wait to be decoded, for one answer.", 1, 10_000
-    )
-    STREAMING_EVENT_QUEUE_MAXSIZE: int = _valve(
-        100, "Decoded reads that may wait for those before them.", 1, 10_000
-    )
-    SSE_WORKERS_PER_REQUEST: int = _valve(
-        2, "Decoders that work at once for one answer with large pictures.", 1, 8
-    )
+    STREAMING_CHUNK_QUEUE_MAXSIZE: int = _valve(100, "Network reads of an answer that may wait.", 1, 10_000)
+    STREAMING_EVENT_QUEUE_MAXSIZE: int = _valve(100, "Decoded reads that may wait for others.", 1, 10_000)
+    SSE_WORKERS_PER_REQUEST: int = _valve(2, "Decoders at work for one answer with large pictures.", 1, 8)
     FORCE_CHAT_COMPLETIONS_MODELS: str = _valve(
         "", "Models that are asked over Chat Completions instead: a comma list of ids, * allowed."
     )
@@ -2596,9 +2585,7 @@ class _RequestValves(_StreamingValves):
         "Parameters that only Chat Completions has (stop, seed, min_p …): leave them out, or send such "
         "requests there.",
     )
-    MAX_INPUT_IMAGES_PER_REQUEST: int = _valve(
-        20, "Pictures sent with a request: the latest ones; 0 = none.", 0, 100
-    )
+    MAX_INPUT_IMAGES_PER_REQUEST: int = _valve(20, "The latest pictures of a request; 0 = none.", 0, 100)
     IMAGE_INPUT_SELECTION: Literal["user_only", "user_then_assistant"] = _valve(
         "user_then_assistant",
         "Which: those of people, or also those that earlier answers show, where there is room.",
@@ -2640,9 +2627,7 @@ class _RequestValves(_StreamingValves):
     PROMPT_CACHING: Literal["auto", "off"] = _valve(
         "auto", "Let Anthropic's models keep the chat so far, which makes long chats cheaper."
     )
-    PROMPT_CACHE_TTL: Literal["5m", "1h"] = _valve(
-        "5m", "How long they keep it; an hour costs more to write."
-    )
+    PROMPT_CACHE_TTL: Literal["5m", "1h"] = _valve("5m", "How long they keep it; an hour is dearer to write.")
     SEND_IDENTIFIERS: Literal["none", "hashed", "plain"] = _valve(
         "hashed", "How OpenRouter may tell people and chats apart: not at all, by pseudonyms or by ids."
     )
@@ -2650,32 +2635,20 @@ class _RequestValves(_StreamingValves):
 
 class _ToolValves(_RequestValves):
     ENABLE_TOOLS: bool = _valve(True, "Offer tools to models that can call them.")
-    AVAILABLE_TOOLS: str = _valve(
-        "all", "Which: all, or a comma list of names, * allowed (get_*, search_web)."
-    )
+    AVAILABLE_TOOLS: str = _valve("all", "All, or a comma list of names, * allowed (get_*, search_web).")
     TOOL_EXECUTION_MODE: Literal["auto", "pipe", "open_webui"] = _valve(
         "auto",
         "Who runs what a model calls: this function, several at once, except for what needs Open WebUI "
         "(auto); the same, and tools of the browser too (pipe); Open WebUI, one after another.",
     )
-    STRICT_TOOL_SCHEMAS: bool = _valve(
-        False, "Make models keep to the schema of a tool, where it can be said strictly."
-    )
-    MAX_FUNCTION_CALL_LOOPS: int = _valve(
-        25, "Rounds of tools in one answer; then the model has to answer.", 1, 200
-    )
+    STRICT_TOOL_SCHEMAS: bool = _valve(False, "Make models keep to a tool's schema, where that can be said.")
+    MAX_FUNCTION_CALL_LOOPS: int = _valve(25, "Rounds of tools; then the model has to answer.", 1, 200)
     MAX_PARALLEL_TOOLS_GLOBAL: int = _valve(200, "Tools that run at the same time, of all answers.", 1, 2000)
     MAX_PARALLEL_TOOLS_PER_REQUEST: int = _valve(5, "Tools that run at the same time, of one answer.", 1, 50)
     TOOL_TIMEOUT_SECONDS: int = _valve(60, "What one call may take, in seconds.", 1, 3600)
-    TOOL_BATCH_TIMEOUT_SECONDS: int = _valve(
-        120, "What all calls of one round may take together, in seconds.", 1, 3600
-    )
-    TOOL_BREAKER_FAILURES: int = _valve(
-        5, "After so many failures within the window a tool is left alone.", 1, 100
-    )
-    TOOL_BREAKER_WINDOW_SECONDS: int = _valve(
-        60, "The window, in seconds; for so long a tool is left alone, too.", 1, 3600
-    )
+    TOOL_BATCH_TIMEOUT_SECONDS: int = _valve(120, "What all calls of a round may take, in seconds.", 1, 3600)
+    TOOL_BREAKER_FAILURES: int = _valve(5, "Failures in the window that let a tool be left alone.", 1, 100)
+    TOOL_BREAKER_WINDOW_SECONDS: int = _valve(60, "The window; it is left alone as long.", 1, 3600)
     MAX_TOOL_OUTPUT_CHARS: int = _valve(
         100_000,
         "What a model gets of one result, in characters; the middle of more is left out.",
@@ -2708,34 +2681,22 @@ class _StorageValves(_ToolValves):
     )
     MIN_COMPRESS_BYTES: int = _valve(256, "What is smaller, in bytes, is not compressed.", 0, 1_000_000)
     DB_BATCH_SIZE: int = _valve(10, "Rows written to the database at once, where several wait.", 1, 500)
-    ARTIFACT_CLEANUP_DAYS: int = _valve(
-        90, "What nobody has used for so many days is deleted; 0 = never.", 0, 3650
-    )
+    ARTIFACT_CLEANUP_DAYS: int = _valve(90, "What is unused for so many days is deleted; 0 = never.", 0, 3650)
     ARTIFACT_CLEANUP_INTERVAL_HOURS: float = _valve(1.0, "Hours from one clean-up to the next.", 0.1, 168)
     ENABLE_REDIS_CACHE: Literal["auto", "on", "off"] = _valve(
         "auto", "Write through Open WebUI's Redis, where it has one: with several workers, or always."
     )
-    REDIS_CACHE_TTL_SECONDS: int = _valve(
-        600, "For so long Redis keeps what was just written, in seconds.", 1, 86400
-    )
-    REDIS_PENDING_WARN_THRESHOLD: int = _valve(
-        100, "The log warns when more rows than that wait in Redis.", 1, 1_000_000
-    )
+    REDIS_CACHE_TTL_SECONDS: int = _valve(600, "Seconds that Redis keeps what was written.", 1, 86400)
+    REDIS_PENDING_WARN_THRESHOLD: int = _valve(100, "The log warns of more rows in Redis.", 1, 1_000_000)
 
 
 class _OperationValves(_StorageValves):
-    MAX_CONCURRENT_REQUESTS: int = _valve(
-        500, "Answers written at the same time; 500 more may wait.", 1, 5000
-    )
+    MAX_CONCURRENT_REQUESTS: int = _valve(500, "Answers written at once; 500 more may wait.", 1, 5000)
     MAX_CONCURRENT_REQUESTS_PER_USER: int = _valve(
         0, "Of these, answers for one person; further ones wait. 0 = no limit.", 0, 5000
     )
-    MAX_CONCURRENT_TASKS: int = _valve(
-        20, "Titles, tags and the like written at the same time, besides.", 1, 500
-    )
-    ENABLE_STARTUP_CHECKS: bool = _valve(
-        True, "Ask OpenRouter at the start whether it can be reached and takes the key."
-    )
+    MAX_CONCURRENT_TASKS: int = _valve(20, "Titles, tags and the like written at once, besides.", 1, 500)
+    ENABLE_STARTUP_CHECKS: bool = _valve(True, "Ask at the start whether OpenRouter takes the key.")
     LOG_LEVEL: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = _valve(
         "INFO", "Which lines go to the server's log: these and more serious ones."
     )
@@ -2785,11 +2746,6 @@ class UserValves(_LenientModel):
     DEBUG: Literal["inherit", "on", "off"] = _valve(
         "inherit", "Print the log of your requests to the console of the browser."
     )
-
-
-_SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
-_SWITCH_VALVES: Final = frozenset({"ENABLE_TOOLS", "SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS", "DEBUG"})
-_ADMIN_VALVES: Final = frozenset({"LOG_LEVEL", "DEBUG"})
 
 
 def _merge_user_valves(valves: Valves, user_valves: Any, is_admin: bool = False) -> Valves:
@@ -2936,6 +2892,9 @@ def _artifact_settings(valves: Valves, env: HostEnvironment, pipe_id: str) -> Ar
     )
 
 
+_SWITCHES: Final[dict[str, bool]] = {"on": True, "off": False}
+_SWITCH_VALVES: Final = frozenset({"ENABLE_TOOLS", "SHOW_THINKING", "SHOW_FINAL_USAGE_STATUS", "DEBUG"})
+_ADMIN_VALVES: Final = frozenset({"LOG_LEVEL", "DEBUG"})
 _SEALED_KINDS: Final[dict[str, Container[str]]] = {
     "off": frozenset(),
     "reasoning": frozenset({"turn"}),
@@ -3609,7 +3568,7 @@ class _Outage(NamedTuple):
 def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
     """One entry of `GET /models` (reference §11); None without an id. Unknown keys are ignored."""
     model_id = entry.get("id")
-    if not isinstance(model_id, str) or not model_id:
+    if not isinstance(model_id, str) or not model_id or not model_id.isprintable():
         return None
     architecture, pricing = _mapping(entry.get("architecture")), _mapping(entry.get("pricing"))
     outputs = frozenset(_strings(architecture.get("output_modalities")) or ("text",))
@@ -3617,7 +3576,7 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
     parameters = frozenset(_strings(entry.get("supported_parameters")))
     return ModelSpec(
         id=model_id,
-        name=_text(entry.get("name")) or model_id,
+        name=_one_line(_text(entry.get("name")))[:_MAX_NAME_CHARS] or model_id,
         context_length=_count(entry.get("context_length")),
         input_modalities=frozenset(_strings(architecture.get("input_modalities")) or ("text",)),
         output_modalities=outputs,
@@ -3632,6 +3591,9 @@ def _model_spec(entry: Mapping[str, Any]) -> ModelSpec | None:
         canonical=_text(entry.get("canonical_slug")),
         alias_of=_text(alias.get("slug")),
     )
+
+
+_MAX_NAME_CHARS: Final = 200
 
 
 def _count(value: Any) -> int | None:
@@ -3964,7 +3926,8 @@ class OpenRouterModelRegistry:
             error = exc if isinstance(exc, PipeError) else StreamError(_NO_LIST, template="catalog")
             outage = self._outages.get(asked)
             if outage is None:  # one warning for an outage, however long it is
-                LOGGER.warning("The model list could not be loaded: %s", error.detail)
+                said = _provider_sentence(error.detail, False)
+                LOGGER.warning("The model list could not be loaded: %s", said)
             self._outages[asked] = _Outage(error, self._clock(), 1 + (outage.times if outage else 0))
         else:
             if self._outages.pop(asked, None) is not None:
@@ -4337,7 +4300,8 @@ def _describe(spec: ModelSpec) -> str:
         f"stands for {spec.alias_of}" if spec.alias_of else "",
         f"ends on {spec.expires[:10]}" if spec.expires else "",
     ]
-    words = _LINE_BREAKS_RE.sub(" ", _MARKDOWN_RE.sub(r"\1", spec.description)).strip()
+    begin = spec.description[: 4 * _MAX_DESCRIPTION_CHARS]
+    words = _LINE_BREAKS_RE.sub(" ", _MARKDOWN_RE.sub(r"\1", begin)).strip()
     if len(words) > _MAX_DESCRIPTION_CHARS:
         words = words[:_MAX_DESCRIPTION_CHARS].rpartition(" ")[0].rstrip(",.;:") + " …"
     return "\n".join(part for part in (" · ".join(fact for fact in facts if fact), words) if part)
@@ -4522,7 +4486,13 @@ class ModelPublisher:
         if planned is None:
             return await self._host.delete_model_row(row_id)
         if row is None:
-            return await self._host.insert_model_row(planned)
+            try:
+                return await self._host.insert_model_row(planned)
+            except SQLAlchemyError:  # somebody else has made it in the same moment
+                row = await self._host.model_row(row_id)
+                planned = _plan_row(row, row_id, wanted)
+                if row is None or planned is None:
+                    raise
         return await self._host.update_model_row(planned, grants_too=planned.grants != row.grants)
 
     def _say_access(self, choice: PublishChoice) -> None:
@@ -4584,7 +4554,7 @@ class _History:
         self.shown: list[JSONObject] = []  # pictures of answers, which go with the next question
         self._media = intake.media
         self._refused: list[str] = []
-        self._used_ids: set[str] = set()
+        self._used_ids: dict[str, int] = {}
 
     def leave_out(self, what: str) -> None:
         """Remember that one `what`, a row of `_LEFT_OUT`, was not sent."""
@@ -4707,7 +4677,14 @@ def _sort_outputs(items: list[JSONObject]) -> None:
     while start and items[start - 1]["type"] == "function_call_output":
         start -= 1
     if len(items) - start > 1:
-        calls = {item["call_id"]: place for place, item in enumerate(items[:start]) if "call_id" in item}
+        wanted = {item["call_id"] for item in items[start:]}
+        calls: dict[str, int] = {}
+        for place in range(start - 1, -1, -1):  # they stand shortly before: never the whole history
+            if len(calls) == len(wanted):
+                break
+            call_id = _text(items[place].get("call_id"))
+            if call_id in wanted:
+                calls.setdefault(call_id, place)
         items[start:] = sorted(items[start:], key=lambda item: calls.get(item["call_id"], 0))
 
 
@@ -4765,11 +4742,6 @@ def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
     step = max(1, turns // 2)
     old = (len(asked) - turns) // step * step
     return asked[old] if old > 0 else 0
-
-
-# as Open WebUI puts it
-_TOOL_PICTURES: Final = "Here are the images from the tool results above. Please analyze them."
-_RETAINED_CHARS: Final = 1_000
 
 
 def _extract_system_prompt(messages: Sequence[Mapping[str, Any]]) -> tuple[str, Sequence[Mapping[str, Any]]]:
@@ -4852,8 +4824,13 @@ def _without_blocks(text: str, begins: re.Pattern[str], end: str) -> str:
     return "".join([*kept, text[position:]])
 
 
+# as Open WebUI puts it
+_TOOL_PICTURES: Final = "Here are the images from the tool results above. Please analyze them."
+_RETAINED_CHARS: Final = 1_000
 _MARKER_LINE_RE: Final = re.compile(r"^[ \t]*\[[0-9A-HJKMNP-TV-Z]{26}\]: #[^\n]*(?:\n|\Z)", re.MULTILINE)
-_DETAILS_RE: Final = re.compile(r'<details\s[^<>]*type="(?:reasoning|tool_calls|code_interpreter)"[^<>]*>')
+_DETAILS_RE: Final = re.compile(  # looked at twice, each time to its end at most: no text takes long
+    r'<details(?=\s[^<>]*+>)(?=[^<>]*?\stype="(?:reasoning|tool_calls|code_interpreter)")[^<>]*+>'
+)
 _THINK_RE: Final = re.compile(r"^[ \t]*<think>", re.MULTILINE)
 _ROLE_BUILDERS: Final[dict[str, Callable[[_History, Mapping[str, Any], ModelSpec], None]]] = {
     "user": _add_user,
@@ -6213,13 +6190,15 @@ def _tool_names(host_names: Iterable[str]) -> dict[str, str]:
     """A name that every provider takes for each tool; who has one already keeps it."""
     names = {name: name for name in host_names if _safe_tool_name(name) == name}
     used = set(names)
+    counts: dict[str, int] = {}  # where the search for the next free end of a name begins
     for host_name in host_names:
-        name = names.get(host_name) or _safe_tool_name(host_name)
-        for count in itertools.count(2):
-            if host_name in names or name not in used:
-                break
-            end = f"_{count}"
-            name = _safe_tool_name(host_name)[: _MAX_TOOL_NAME - len(end)] + end
+        if host_name in names:
+            continue
+        wanted = name = _safe_tool_name(host_name)
+        while name in used:
+            counts[wanted] = counts.get(wanted, 1) + 1
+            end = f"_{counts[wanted]}"
+            name = wanted[: _MAX_TOOL_NAME - len(end)] + end
         used.add(name)
         names[host_name] = name
     return names
@@ -6818,15 +6797,6 @@ def _on_part_done(state: StreamState, payload: JSONObject) -> list[Emission]:
     return _fill_part(state, item, number, part) if item.type == kind else []
 
 
-# type of a part -> (its name here, key of its text)
-_PARTS: Final[dict[str, tuple[str, str]]] = {
-    "output_text": ("text", "text"),
-    "refusal": ("refusal", "refusal"),
-    "reasoning_text": ("reasoning", "text"),
-    "summary_text": ("summary", "text"),
-}
-
-
 def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, Any]) -> list[Emission]:
     name, key = _PARTS.get(str(part.get("type")), ("", ""))
     missing = _fill(item, name, number, part.get(key)) if name else []
@@ -6834,8 +6804,9 @@ def _fill_part(state: StreamState, item: _Item, number: Any, part: Mapping[str, 
 
 
 def _cite(state: StreamState, annotation: Mapping[str, Any]) -> list[Emission]:
-    url = annotation.get("url")
-    if annotation.get("type") != "url_citation" or not isinstance(url, str) or not url or url in state.cited:
+    url = _text(annotation.get("url"))
+    is_web = url[:8].lower().startswith(("http://", "https://"))  # a page makes a link of it
+    if annotation.get("type") != "url_citation" or not is_web or url in state.cited:
         return []
     state.cited.add(url)
     title = str(annotation.get("title") or "") or _host_of(url)
@@ -6905,11 +6876,6 @@ def _message_text(message: Mapping[str, Any]) -> str:
     return "".join(text for text in texts if isinstance(text, str))
 
 
-# Calls are asked for when the stream has ended well: nobody may run one earlier, and their arguments
-# may be complete in the final object only.
-_ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
-
-
 def _finish_message(state: StreamState, item: _Item) -> list[Emission]:
     emissions = _cite_all(state, _objects(item.payload.get("content")))
     if item.whole_text() != _message_text(item.payload):  # some providers number parts as they like
@@ -6977,6 +6943,16 @@ def _query(item: _Item) -> str:
     return _whole_text(str(_mapping(item.payload.get("action")).get("query") or ""))
 
 
+# type of a part -> (its name here, key of its text)
+_PARTS: Final[dict[str, tuple[str, str]]] = {
+    "output_text": ("text", "text"),
+    "refusal": ("refusal", "refusal"),
+    "reasoning_text": ("reasoning", "text"),
+    "summary_text": ("summary", "text"),
+}
+# Calls are asked for when the stream has ended well: nobody may run one earlier, and their arguments
+# may be complete in the final object only.
+_ENDED_LATER: Final = frozenset({"function_call", "custom_tool_call"})
 _IMAGE_KEYS: Final = ("result", "imageB64", "imageUrl")
 _SERVER_TOOLS: Final = frozenset(
     {"web_search_call", "file_search_call", "code_interpreter_call", "image_generation_call", "computer_call"}
@@ -7246,15 +7222,6 @@ def _on_chat_reasoning_details(state: StreamState, delta: Mapping[str, Any]) -> 
     return emissions
 
 
-_CHAT_TEXTS: Final = {
-    "content": ("message", "text"),
-    "refusal": ("message", "refusal"),
-    "reasoning": ("reasoning", "reasoning"),
-}
-_CHAT_INCOMPLETE: Final[dict[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
-_DETAIL_TEXTS: Final = ("text", "summary", "data")
-
-
 def _keep_detail(item: _Item, fragment: Mapping[str, Any]) -> None:
     """Add a fragment to the detail of its index and type; its texts are joined when the item closes."""
     details: list[JSONObject] = item.payload.setdefault("reasoning_details", [])
@@ -7325,6 +7292,13 @@ def _on_chat_annotations(state: StreamState, delta: Mapping[str, Any]) -> list[E
     return _cite_all(state, [{"annotations": flat}])
 
 
+_CHAT_TEXTS: Final = {
+    "content": ("message", "text"),
+    "refusal": ("message", "refusal"),
+    "reasoning": ("reasoning", "reasoning"),
+}
+_CHAT_INCOMPLETE: Final[dict[str, str]] = {"length": "max_output_tokens", "content_filter": "content_filter"}
+_DETAIL_TEXTS: Final = ("text", "summary", "data")
 # key of a delta -> what it means; the order is that of reading
 _CHAT_REDUCERS: Final[dict[str, Callable[[StreamState, Mapping[str, Any]], list[Emission]]]] = {
     "reasoning_details": _on_chat_reasoning_details,
@@ -7451,8 +7425,8 @@ class OpenRouterClient:
         async with self._request("POST", connection, path, payload) as response:
             if "json" in response.content_type:  # a late failure, or a proxy that does not stream
                 content = await self._read(response, _MAX_JSON_BYTES)
-                content = content.replace(connection.key.encode(), b"[the key]")
-                raise _unstreamed(response.status, response.headers, content, self._now())
+                error = _unstreamed(response.status, response.headers, content, self._now())
+                raise _without_key(error, connection.key)
             if response.content_type == "text/html":
                 words = "The address in BASE_URL answers with a web page; an administrator has to correct it"
                 raise OpenRouterAPIError(words, template="configuration")
@@ -7487,18 +7461,24 @@ class OpenRouterClient:
             headers["Accept-Encoding"] = "identity"
         data = None if payload is None else _request_data(payload)
         try:
-            session, proxy = self._open_session(), _proxy_for(connection.base_url)
+            how: JSONObject = {
+                "headers": headers,
+                "timeout": timeout,
+                "proxy": _proxy_for(connection.base_url),
+            }
+            how["allow_redirects"] = False  # the chat, and who asks, would go with it
             url = connection.base_url + path
-            response = await session.request(
-                method, url, data=data, headers=headers, timeout=timeout, proxy=proxy
-            )
+            response = await self._open_session().request(method, url, data=data, **how)
         except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as exc:
             raise _network_error(exc) from exc
         try:
             if response.status >= 400:
                 content = await self._read(response, _MAX_ERROR_BYTES)
-                content = content.replace(connection.key.encode(), b"[the key]")
-                raise _api_error(response.status, response.headers, content, self._now())
+                error = _api_error(response.status, response.headers, content, self._now())
+                raise _without_key(error, connection.key)
+            if response.status >= 300 and response.status != _NOT_MODIFIED:
+                words = "The address in BASE_URL leads to another one; an administrator has to correct it"
+                raise OpenRouterAPIError(words, template="configuration")
             yield response
         finally:
             # Not `release`: after a cancellation nothing more may be awaited, and an unread rest
@@ -7524,6 +7504,18 @@ class OpenRouterClient:
             # The host drops a function without a word; its sockets must not wait for ever.
             weakref.finalize(self, _dispose, self._session, asyncio.get_running_loop())
         return self._session
+
+
+def _without_key(error: PipeErrorT, key: str) -> PipeErrorT:
+    """`error` with nothing in its words that would give the key away, however the answer had written it."""
+    if key:
+        error.detail = error.detail.replace(key, "[the key]")
+        error.code = error.code.replace(key, "[the key]")
+        error.args = (error.detail,)  # what `repr` and a traceback show
+    return error
+
+
+PipeErrorT = TypeVar("PipeErrorT", bound=PipeError)
 
 
 def _unstreamed(status: int, headers: Mapping[str, str], content: bytes, now: float) -> OpenRouterAPIError:
@@ -8690,6 +8682,8 @@ class MediaIntake:
         self._resolve_name = resolve_name
         self._closed = False
         self._downloads = asyncio.Semaphore(_MEDIA_AT_ONCE)
+        # What one person may have of them: slow servers in one chat must not hold up all others.
+        self._shares: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
         self._reads = asyncio.Semaphore(_MEDIA_AT_ONCE)  # of the host's files, which no far server holds up
         self._fetchers: dict[frozenset[str], SafeFetcher] = {}
         self._keeping: weakref.WeakValueDictionary[str, asyncio.Lock] = weakref.WeakValueDictionary()
@@ -8764,7 +8758,9 @@ class MediaIntake:
         fetcher = self._fetchers.setdefault(settings.trusted_hosts, fresh)
         try:
             timeout_s = _SHOWN_DOWNLOAD_S if ref.in_answer else _DOWNLOAD_S
-            async with self._downloads:
+            share = asyncio.Semaphore(_MEDIA_AT_ONCE_PER_PERSON)
+            share = self._shares.setdefault(errand.request.user_id, share)
+            async with share, self._downloads:
                 content = (await fetcher.fetch(ref.address, most, timeout_s)).content
         except InputError:
             if ref.in_answer:
@@ -8821,6 +8817,7 @@ _KINDS_BY_MIME: Final[dict[str, tuple[str, re.Pattern[str]]]] = {
 }
 _MEDIA_AT_ONCE: Final = 16
 _MEDIA_AT_ONCE_PER_REQUEST: Final = 4
+_MEDIA_AT_ONCE_PER_PERSON: Final = 6
 _SHOWN_DOWNLOAD_S: Final = 5.0
 _MOST_GONE: Final = 1_000
 _GONE_S: Final = 600.0
@@ -9844,9 +9841,6 @@ class MetricsRow(NamedTuple):
     spreads: Mapping[str, Sequence[int]]
 
 
-METRIC_BOUNDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # and one without end
-
-
 class MetricsTable:
     """SQL for the metrics of one pipe. Every method raises a StorageError where the database fails."""
 
@@ -9963,6 +9957,7 @@ class Metrics:
             self._spreads[name] = [one + other for one, other in zip(spread, more, strict=True)]
 
 
+METRIC_BOUNDS: Final = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0)  # and one without end
 _KEEP_METRICS_S: Final = 30 * 86_400.0
 
 
@@ -10227,10 +10222,6 @@ class ToolOrchestrator:
                 await asyncio.wait((task,), timeout=_CANCEL_S)
 
 
-_MOST_ERROR_CHARS: Final = 2_000
-_TOOL_THREADS: Final = 256
-
-
 def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
     """The arguments of a call as its tool takes them.
 
@@ -10247,6 +10238,8 @@ def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
         raise ToolInputError("The arguments are nested too deeply. Please call the tool again")
     given = _mapping(_mapping(tool.get("spec")).get("parameters"))
     plain = _plain_schema(given)
+    if plain is not None and _parts_in(plain) * _parts_in(arguments) > _MOST_CHECKS:
+        plain = None  # the tool looks at them itself; here it would hold up everybody
     schema = given if plain is None else plain
     arguments = arguments if plain is None else _without_nulls_of(arguments, plain)
     properties = _mapping(schema.get("properties"))
@@ -10259,6 +10252,16 @@ def _arguments_of(call: ToolCall, tool: Mapping[str, Any]) -> JSONObject:
     if problem:
         raise ToolInputError(f"The arguments do not fit: {problem}. Please call the tool again")
     return arguments
+
+
+_MOST_ERROR_CHARS: Final = 2_000
+_TOOL_THREADS: Final = 256
+_MOST_CHECKS: Final = 50_000  # parts of a schema times parts of arguments; about half a second
+
+
+def _parts_in(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + sum(map(_parts_in, inner))
 
 
 def _is_deep(value: Any, left: int = 100) -> bool:
@@ -10365,7 +10368,7 @@ class StreamingEngine:
         try:
             await self._try_repaired(connection, request, call, policy)
         except PipeError as error:
-            error.detail = error.detail.replace(connection.key, "[the key]")
+            _without_key(error, connection.key)
             raise
 
     async def _try_repaired(
@@ -10405,7 +10408,7 @@ class StreamingEngine:
             error = retry_state.outcome.exception()
             seconds = max(1, round(retry_state.next_action.sleep))
             call.said_wait = True
-            words = _log_words(error).replace(connection.key, "[the key]")
+            words = _log_words(_without_key(error, connection.key))
             LOGGER.info("a try has failed, the next one comes in %d s: %s", seconds, words)
             await call.hand_over([StatusUpdate(f"{_retry_words(error)} Trying again in {seconds} s")])
 
@@ -10429,7 +10432,9 @@ class StreamingEngine:
             LOGGER.debug("the answer begins")
             call.begin(request.api)
             await self._consume_sse(reads, call)
-        if fresh := set(call.state.unknown) - self._unknown:
+        kinds = itertools.islice(call.state.unknown, _MOST_NAMED)
+        fresh = {kind[:60] for kind in kinds} - self._unknown
+        if fresh and len(self._unknown) < 1_000:
             self._unknown |= fresh
             LOGGER.info("event types that this version does not know: %s", ", ".join(sorted(fresh)))
 
@@ -10529,11 +10534,6 @@ def _repair(request: UpstreamRequest, error: OpenRouterAPIError) -> tuple[Upstre
     return None if body is None else request._replace(body=body), notice
 
 
-_DONE: Final = b"[DONE]"
-_REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
-_TOOLLESS: Final = "No provider of this model can use tools now; the answer was written without them."
-
-
 class _UpstreamCall:
     """Stands between one call and its sink: reduces, remembers what was shown, raises failures."""
 
@@ -10582,6 +10582,9 @@ def _is_visible(emission: Emission) -> bool:
     return bool(emission.text) if isinstance(emission, ReasoningDelta) else isinstance(emission, _VISIBLE)
 
 
+_DONE: Final = b"[DONE]"
+_REASONING_WORDS: Final = ("signature", "encrypted content", "encrypted_content")
+_TOOLLESS: Final = "No provider of this model can use tools now; the answer was written without them."
 _VISIBLE: Final = (TextDelta, RefusalDelta, ToolRequested, CitationFound, MediaProduced, TurnEnded)
 
 
@@ -10813,6 +10816,7 @@ class TurnLoop:
     async def _add_hint(self, error: PipeError, job: _PipeJob) -> None:
         """How much is left, where that is what is missing, for those who may know it."""
         own_key = job.valves.ALLOW_USER_API_KEYS and getattr(job.request.user_valves, "API_KEY", "")
+        own_key = "" if own_key == "inherit" else own_key  # then it is the administrators' that was used
         if error.template == "credits" and (own_key or job.request.is_admin):
             error.hint = (await self._account.balance(_connection(job.valves, self._env))).words()
 
@@ -11047,7 +11051,7 @@ class _Turn:
         self._send = talk.job.emitter.send
         self._host_names = {tool.name: tool.host_name for tool in talk.tools}
         self._known_ids = {item["call_id"] for item in payload["input"] if "call_id" in item}
-        self._used_ids = set(self._known_ids)
+        self._used_ids = dict.fromkeys(self._known_ids, 1)
 
     def sink(self, emissions: Sequence[Emission]) -> Awaitable[None]:
         """Pass emissions on, with what they need to be understood outside of this call."""
@@ -11088,7 +11092,7 @@ class _Turn:
             name = self._host_names.get(call.name, call.name)
             emission = emission._replace(call=call._replace(call_id=call_id, name=name))
         elif isinstance(emission, StatusUpdate) and not emission.done:
-            self._used_ids = set(self._known_ids)  # the try has failed, another one comes
+            self._used_ids = dict.fromkeys(self._known_ids, 1)  # the try has failed, another one comes
             self._talk.job.tally["retries"] += 1
         self.record.note(emission)
         return emission
@@ -11125,9 +11129,6 @@ def _target_of(call: ToolCall) -> str:
     with contextlib.suppress(ValueError):
         return _text(_mapping(_json_loads(call.arguments)).get("tool_name")) or call.name
     return call.name
-
-
-_CALL_TOOL: Final = "call_tool"
 
 
 def _split_calls(calls: Sequence[ToolCall], talk: _Talk) -> tuple[list[ToolCall], list[ToolCall]]:
@@ -11205,6 +11206,7 @@ def _with_beta_headers(connection: Connection, payload: JSONObject, spec: ModelS
     return connection._replace(headers=(*connection.headers, ("x-anthropic-beta", _INTERLEAVED)))
 
 
+_CALL_TOOL: Final = "call_tool"
 _ONE_ROUND_TOO_MANY: Final = (
     "Error: this call was not run, because there have been too many rounds of tools. "
     "Answer now with what you know, and say what is missing."
@@ -11234,14 +11236,6 @@ _DIALECTS_WITH_TOOLS: Final = frozenset({"browser", "browser_json", "api_stream"
 # Doc: docs/concurrency_and_lifecycle.md   Tests: tests/test_runtime.py, tests/test_admission.py
 
 
-class AdmissionLimits(NamedTuple):
-    """How many may run at once, of one person too (0: no limit), and how many may wait."""
-
-    running: int
-    per_user: int = 0
-    waiting: int = _QUEUE_MAXSIZE
-
-
 class Ticket:
     """A request's place: its `turn` says, once it is known, whether the request may run or is refused."""
 
@@ -11264,14 +11258,14 @@ class AdmissionScheduler:
     def __init__(self) -> None:
         self.running = 0
         self.waiting = 0
-        self._limits = AdmissionLimits(1)
+        self._limits = (1, 0)
         self._running_of: dict[str, int] = {}
         self._queues: OrderedDict[str, deque[Ticket]] = OrderedDict()  # the next to be served first
 
-    def resize(self, limits: AdmissionLimits) -> None:
-        """Other limits from now on; who runs goes on."""
-        if limits != self._limits:
-            self._limits = limits
+    def resize(self, most: int, per_user: int = 0) -> None:
+        """How many may run from now on, and of one person (0: no limit); who runs goes on."""
+        if (most, per_user) != self._limits:
+            self._limits = (most, per_user)
             self._let_in()
 
     def enter(self, user_id: str) -> Ticket:
@@ -11284,7 +11278,7 @@ class AdmissionScheduler:
         self._queues.setdefault(user_id, deque()).append(ticket)
         self.waiting += 1
         self._let_in()
-        if self.waiting > self._limits.waiting:
+        if self.waiting > _QUEUE_MAXSIZE:
             most = max(map(len, self._queues.values()))
             if len(self._queues[user_id]) < most:
                 user_id = next(user for user, theirs in self._queues.items() if len(theirs) == most)
@@ -11324,7 +11318,7 @@ class AdmissionScheduler:
         self.waiting -= 1
 
     def _let_in(self) -> None:
-        most, per_user = self._limits.running, self._limits.per_user
+        most, per_user = self._limits
         while self.running < most and self._queues:
             served = (
                 user for user in self._queues if not per_user or self._running_of.get(user, 0) < per_user
@@ -11449,18 +11443,20 @@ class Runtime:
         copies = CatalogCopies(self.host.data_folder())
         self._registry = OpenRouterModelRegistry(self._client.get_json, clock, copies)
         self._publisher = ModelPublisher(self.host, pipe_id, clock)
-        account = AccountReader(self._client.get_json, clock)
-        engine = StreamingEngine(self._client, sleep)
         self._media = MediaIntake(self.host, clock)
-        pictures = ImageResults(self.host, self._media)
         self._tools = ToolOrchestrator(self.host, clock)
         self._store = ArtifactStore(self.host, pipe_id, clock)
         self._memory = TurnMemory(self._store, env, pipe_id)
-        host, media, tools = self.host, self._media, self._tools
         self._metrics = Metrics(self.host, pipe_id, clock)
         self.logs = SessionLogger(clock)
         around = Neighbours(
-            self._registry, account, engine, host, media, pictures, tools, self._memory, self.logs
+            *(
+                self._registry,
+                AccountReader(self._client.get_json, clock),
+                StreamingEngine(self._client, sleep),
+            ),
+            *(self.host, self._media, ImageResults(self.host, self._media), self._tools, self._memory),
+            self.logs,
         )
         self._turns = TurnLoop(around, env, clock)
         self._checks = StartupChecks(self._client.get_json, clock)
@@ -11513,10 +11509,8 @@ class Runtime:
         self._maybe_start_cleanup()
 
     def _ensure_concurrency_controls(self, valves: Valves) -> None:
-        self._chats.resize(
-            AdmissionLimits(valves.MAX_CONCURRENT_REQUESTS, valves.MAX_CONCURRENT_REQUESTS_PER_USER)
-        )
-        self._tasks.resize(AdmissionLimits(valves.MAX_CONCURRENT_TASKS))
+        self._chats.resize(valves.MAX_CONCURRENT_REQUESTS, valves.MAX_CONCURRENT_REQUESTS_PER_USER)
+        self._tasks.resize(valves.MAX_CONCURRENT_TASKS)
 
     def _maybe_start_log_worker(self) -> None:
         self.logs.start()
@@ -11619,9 +11613,9 @@ class Runtime:
             request, valves, emitter, outlet, LogContext(session, request.user_id, request_id, level)
         )
 
-    def in_background(self, work: Coroutine[Any, Any, Any]) -> None:
+    def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> None:
         """Do something that nobody waits for."""
-        task = asyncio.get_running_loop().create_task(work, name=f"background of {self.pipe_id}")
+        task = asyncio.get_running_loop().create_task(work, name=f"{name} {self.pipe_id}")
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
@@ -11766,13 +11760,10 @@ class Runtime:
 
     async def _say_last(self, job: _PipeJob, error: PipeError | None) -> None:
         """The last words of a job that did not end by itself: an error, or only the end of its status."""
+        send, emitter = job.emitter.send, job.emitter
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(_CLEANUP_S):
-                await (
-                    job.emitter.send((_failed(error, job, self.logs),))
-                    if error is not None
-                    else job.emitter.close_status()
-                )
+                await (emitter.close_status() if error is None else send((_failed(error, job, self.logs),)))
 
     def retire_soon(self) -> None:
         """`retire` on the loop this runtime lives on, wherever that is; nothing if it is gone."""
@@ -11781,12 +11772,7 @@ class Runtime:
         if loop is None or loop.is_closed():
             return
         with contextlib.suppress(RuntimeError):  # closed between the two lines
-            loop.call_soon_threadsafe(self._begin_retirement)
-
-    def _begin_retirement(self) -> None:
-        task = asyncio.get_running_loop().create_task(self.retire(), name=f"retire {self.pipe_id}")
-        self._background.add(task)
-        task.add_done_callback(self._background.discard)
+            loop.call_soon_threadsafe(lambda: self.in_background(self.retire(), "retire"))
 
     async def retire(self, deadline_s: float = _RETIRE_DEADLINE_S) -> None:
         """Take no new job, let running ones finish within `deadline_s` seconds, then close. Idempotent."""
@@ -11930,7 +11916,8 @@ class Pipe:
         code = f"console.debug({json.dumps(f'OpenRouter, request {job.request_id}')}, {json.dumps(lines)})"
         if (ask := job.request.host.event_call) is not None:
             asking = ask({"type": "execute", "data": {"code": code}})
-            runtime.in_background(_host_answer(asking, None, "the page takes no log", _DEBUG_LOG_S))
+            told = _host_answer(asking, None, "the page takes no log", _DEBUG_LOG_S)
+            runtime.in_background(told, "debug log")
 
     def _started(self, model: str = "") -> Runtime:
         loop = asyncio.get_running_loop()

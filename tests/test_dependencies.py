@@ -26,6 +26,7 @@ SHIPPED: Final[dict[str, tuple[str, str]]] = {
     "aiohttp": ("aiohttp", "3.14.5"),
     "cryptography": ("cryptography", "48.0.1"),
     "jsonschema": ("jsonschema", "4.26.0"),
+    "opentelemetry": ("opentelemetry-api", "1.45.2"),
     "orjson": ("orjson", "3.11.9"),
     "pydantic": ("pydantic", "2.13.4"),
     "pydantic_core": ("pydantic_core", "2.46.4"),

@@ -120,7 +120,7 @@ KEYS: Final = (
 @given(entry=st.dictionaries(st.sampled_from(KEYS), JSON))
 def test_any_entry_can_be_read(entry: Json) -> None:
     spec = _model_spec(entry)
-    usable = isinstance(entry.get("id"), str) and bool(entry["id"])
+    usable = isinstance(entry.get("id"), str) and bool(entry["id"]) and entry["id"].isprintable()
     assert (spec is not None) == usable
     if spec is not None:
         assert isinstance(spec.name, str)

@@ -81,16 +81,6 @@ Json = dict[str, Any]
 FORGED: Final = "x\r\n2026-01-01 00:00:00 | CRITICAL | all is lost\x1b[2J\u2028\x85y"
 
 
-def bug(reason: str) -> pytest.MarkDecorator:
-    """What does not hold yet."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
-def bad(*values: Any, why: str) -> Any:
-    """A row of a table that does not hold yet."""
-    return pytest.param(*values, marks=bug(why))
-
-
 @pytest.fixture
 async def client() -> AsyncIterator[OpenRouterClient]:
     """A client of its own."""
@@ -171,16 +161,13 @@ async def _a_key(simulator: Simulator) -> None:
         await ask(pipe, "Hello")
 
 
-_ONE_LINE: Final = "what comes from outside is logged with its line breaks: it can forge lines"
-
-
 @pytest.mark.parametrize(
     "goes_in",
     [
-        bad(_words_of_the_provider, why=_ONE_LINE),
-        bad(_a_model, why=_ONE_LINE),
-        bad(_a_type_of_event, why=_ONE_LINE),
-        bad(_a_tool, why=_ONE_LINE),
+        pytest.param(_words_of_the_provider),
+        pytest.param(_a_model),
+        pytest.param(_a_type_of_event),
+        pytest.param(_a_tool),
         _a_parameter,
         _a_file,
         _a_key,
@@ -205,11 +192,11 @@ async def test_a_line_of_the_log_stays_one(
     [
         ("https://example.org/a?b=c#d", True),
         ("http://example.org/", True),
-        bad("javascript:alert(document.cookie)//http", False, why="the page may make a link of it"),
-        bad("JAVASCRIPT:alert(1)", False, why="the page may make a link of it"),
-        bad("data:text/html,<script>alert(1)</script>", False, why="the page may make a link of it"),
-        bad(" https://example.org", False, why="it is no address"),
-        bad("file:///etc/passwd", False, why="it is no address of the web"),
+        pytest.param("javascript:alert(document.cookie)//http", False),
+        pytest.param("JAVASCRIPT:alert(1)", False),
+        pytest.param("data:text/html,<script>alert(1)</script>", False),
+        pytest.param(" https://example.org", False),
+        pytest.param("file:///etc/passwd", False),
     ],
 )
 @pytest.mark.parametrize("dialect", ["browser", "api_stream"])
@@ -238,7 +225,7 @@ async def test_a_source_is_an_address_of_the_web(
         (f"Bad key {KEY}", "[the key]"),
         (f"Bad key {KEY[:12]}…{KEY[-4:]}", "[…]"),
         ("One\r\n\r\nData: two", "One Data: two."),
-        bad("One\x00\x1b[2J two", "One[2J two.", why="what no page and no database can hold is passed on"),
+        pytest.param("One\x00\x1b[2J two", "One[2J two."),
         ("{contact} {id}", "{contact} {id}"),
         ("x" * 100_000, " …"),
         ("user_2aBcDeFgHiJ of org_2aBcDeFgHiJ", "[…] of […]"),
@@ -260,9 +247,9 @@ async def test_an_error_is_one_sentence_without_secrets(words: str, said: str, s
 @pytest.mark.parametrize(
     ("field", "text"),
     [
-        bad("name", f"Model {FORGED}", why="the name goes into the menu as it is"),
-        bad("name", "M" * 100_000, why="a name of any length goes into the menu and into rows"),
-        bad("id", f"a/{FORGED}", why="an id with line breaks goes into rows, requests and the log"),
+        pytest.param("name", f"Model {FORGED}"),
+        pytest.param("name", "M" * 100_000),
+        pytest.param("id", f"a/{FORGED}"),
     ],
 )
 def test_an_entry_of_the_menu_is_one_short_line(field: str, text: str) -> None:
@@ -343,7 +330,6 @@ async def test_an_etag_that_nobody_can_send(client: OpenRouterClient) -> None:
     assert (first.content, again.content) == ({}, {})
 
 
-@bug("a redirect is followed: the chat, and who asks, go to a server that nobody has named")
 @pytest.mark.parametrize("status", ["307 Moved", "308 Moved"])
 async def test_a_chat_follows_no_redirect(
     status: str, client: OpenRouterClient, simulator: Simulator
@@ -365,7 +351,6 @@ async def test_a_chat_follows_no_redirect(
     assert simulator.requests == []
 
 
-@bug("where there is no key, each place between two bytes of an error is taken for one")
 async def test_without_a_key_an_error_says_what_it_says(client: OpenRouterClient) -> None:
     async with hostile(refusing("There is no such thing")) as url:
         with pytest.raises(OpenRouterAPIError) as caught:
@@ -376,8 +361,8 @@ async def test_without_a_key_an_error_says_what_it_says(client: OpenRouterClient
 @pytest.mark.parametrize(
     "when",
     [
-        bad("Mon, 01 Jan 99999999999999999999 00:00:00 GMT", why="such a year is an error of its own"),
-        bad("Mon, 01 Jan 2020 00:00:00 +9999999999999999", why="such a zone is an error of its own"),
+        pytest.param("Mon, 01 Jan 99999999999999999999 00:00:00 GMT"),
+        pytest.param("Mon, 01 Jan 2020 00:00:00 +9999999999999999"),
         "-1e999",
         "nan",
         "x" * 5_000,
@@ -466,14 +451,8 @@ def test_what_somebody_else_has_put_into_redis_is_no_row(content: bytes) -> None
 @pytest.mark.parametrize("own", ["", "inherit", "encrypted:inherit"])
 @pytest.mark.parametrize("secret", ["", "the secret of this server"])
 async def test_nobody_is_told_what_the_key_of_the_administrators_has_left(
-    own: str,
-    secret: str,
-    simulator: Simulator,
-    monkeypatch: pytest.MonkeyPatch,
-    request: pytest.FixtureRequest,
+    own: str, secret: str, simulator: Simulator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if own == "inherit" and not secret:
-        request.applymarker(bug("a key that is the word inherit is none, but counts as one"))
     monkeypatch.setenv("WEBUI_SECRET_KEY", secret)
     given = arguments("Hello")
     given["__user__"]["valves"] = UserValves.model_validate({"API_KEY": own})
@@ -507,7 +486,6 @@ _SECRET_THINGS: Final[dict[str, Callable[[], Any]]] = {
 }
 
 
-@bug("of an error within a stream the words are mended, its `repr` is not")
 async def test_no_error_holds_the_key(client: OpenRouterClient, simulator: Simulator) -> None:
     event = {"type": "error", "error": {"message": f"Bad key {KEY}", "code": 401}}
     simulator.next("golden", body=f"data: {json.dumps(event)}\n\n")
@@ -587,27 +565,15 @@ _WORK: Final[dict[str, tuple[Callable[[int], Any], int]]] = {
         4_000,
     ),
 }
-_SQUARE: Final = {
-    "spaces in an error": "a provider's error, or what it repeats of a chat, stops the server for minutes",
-    "marks in an answer": "one message of a chat stops the server for minutes",
-    "brackets in a description": "one entry of the catalog holds up the server",
-    "calls of one id": "a long history of calls stops the server for a minute",
-    "rounds of calls": "a long history of calls stops the server for a minute",
-    "tools of one name": "a list of tools stops the server for a minute",
-    "options of a schema": "a tool of somebody's own stops the server for a minute",
-}
 
 
-@pytest.mark.parametrize(
-    "what", [bad(what, why=_SQUARE[what]) if what in _SQUARE else what for what in _WORK]
-)
+@pytest.mark.parametrize("what", _WORK)
 def test_work_grows_with_the_size_not_with_its_square(what: str) -> None:
     work, size = _WORK[what]
     small, large = _seconds(lambda: work(size)), _seconds(lambda: work(4 * size))
     assert large < 0.05 or large < 8 * small, f"{small:.3f} s, and {large:.3f} s for four times as much"
 
 
-@bug("one person's slow servers take all the places for downloads, and everybody waits for them")
 async def test_slow_servers_of_one_person_hold_up_nobody_else() -> None:
     waiting = asyncio.Semaphore(0)
 

@@ -150,6 +150,7 @@ def logs(clock: Clock) -> Iterator[SessionLogger]:
     logger.start()
     yield logger
     logger.stop()
+    logger.flush()
 
 
 def shown(logs: SessionLogger, context: LogContext) -> list[str]:
