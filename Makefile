@@ -29,7 +29,7 @@ run: $(WEBUI_STAMP)  ## start Open WebUI with the pipe in it (PORT=8080, OPENROU
 	@exec $(WEBUI_PYTHON) -m openrouter_responses_pipe run $(if $(PORT),--port '$(PORT)')
 
 test: $(DEV_STAMP)  ## run every test that needs no Open WebUI
-	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench $(ARGS)
+	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench -n 2 --dist loadfile $(ARGS)
 
 e2e: $(E2E_STAMP) $(WEBUI_STAMP)  ## run the tests against a real Open WebUI and a real Chromium
 	.venv/bin/python -m pytest tests/e2e $(ARGS)

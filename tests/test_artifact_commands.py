@@ -397,7 +397,7 @@ NOWHERE: Final = f"postgresql://someone:hidden@127.0.0.1:{free_port()}/webui"
 @pytest.mark.parametrize(
     ("url", "words"),
     [
-        (NOWHERE, "The database could not be used. "),
+        pytest.param(NOWHERE, "The database could not be used. ", id="nobody listens"),
         ("postgresql://someone:hidden@localhost:port/webui", "This is no address of a database: "),
         ("webui.db", "This is no address of a database: "),
         ("mysql://someone:hidden@localhost/webui", "Only SQLite and PostgreSQL can be used, not mysql."),

@@ -1105,7 +1105,7 @@ async def locked_while_it_prunes(place: Place) -> tuple[float, tuple[list[str], 
     async with contextlib.AsyncExitStack() as lock, serving(url) as here:
         await opened(here)
         ulids = await here.save(*"abc")
-        days_later = time.time() + 91 * 86400
+        days_later = time.time() + 92 * 86400
         async with serving(url, now=lambda: days_later) as there:
             await opened(there)
             await lock.enter_async_context(locking(url))
@@ -1367,7 +1367,7 @@ async def _reloaded(url: str, server: RedisServer, times: int) -> tuple[int, int
                 for _ in range(number):
                     await asyncio.sleep(0)  # so far that it is closed at another step each time
                 closing = asyncio.create_task(here.store.aclose())
-                await asyncio.wait((closing,), timeout=0.3)
+                await asyncio.wait((closing,), timeout=1.0)
                 left += not closing.done()
                 left_locks += locks(server)
                 for task in asyncio.all_tasks() - before - {closing}:

@@ -788,12 +788,13 @@ async def test_all_requests_together_have_a_limit(site: Site, files: HostFiles) 
 
 
 async def test_servers_that_hang_keep_nobody_from_their_own_files(site: Site, files: HostFiles) -> None:
-    """One person's slow addresses take every slot; another's file lies on this disk."""
+    """Slow addresses of several people take every slot; another's file lies on this disk."""
     site.before = gate = Gate(10**6)
     taking = MediaIntake(OpenWebUIHost(), time.monotonic)
     wanted = RequestSettings(trusted_hosts=site.trusted)
     refs = numbered(site, 8)
-    hanging = [asyncio.create_task(taking.resolve(refs, request_of("slow"), wanted)) for _ in range(6)]
+    slow = [request_of(f"slow {number}") for number in range(6)]
+    hanging = [asyncio.create_task(taking.resolve(refs, request, wanted)) for request in slow]
     while gate.waiting < 16:
         gate.came.clear()
         await asyncio.wait_for(gate.came.wait(), PATIENCE_S)
