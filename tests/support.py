@@ -9,8 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import os
 import re
 import socket
+import subprocess
+import sys
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -350,3 +353,16 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def run_alone(code: str, *arguments: Path) -> subprocess.CompletedProcess[str]:
+    """What a program says and ends with that runs in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, "WEBUI_SECRET_KEY": "the secret of this server"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )

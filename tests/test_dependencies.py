@@ -65,7 +65,9 @@ ADVISORIES: Final = (
     Advisory("redis", "CVE-2023-28859", "4.5.4", "the same without a pipeline"),
     Advisory("sqlalchemy", "CVE-2019-7164", "1.3.0", "SQL in an order by; ours is fixed"),
 )
-NOTHING_KNOWN: Final = frozenset({"jsonschema", "lz4", "opentelemetry-api", "python-ulid", "tenacity"})  # as of December 2026
+NOTHING_KNOWN: Final = frozenset(
+    {"jsonschema", "lz4", "opentelemetry-api", "python-ulid", "tenacity"}
+)  # as of December 2026
 
 
 def _numbers(text: str) -> tuple[int, ...]:

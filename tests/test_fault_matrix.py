@@ -14,8 +14,6 @@ import ipaddress
 import os
 import signal
 import ssl
-import subprocess
-import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -41,6 +39,7 @@ from tests.support import (
     frame,
     hostile,
     read_request,
+    run_alone,
     running_pipe,
 )
 from tests.test_reasoning_replay import as_body, message, thought
@@ -485,13 +484,5 @@ loop.close()
 @pytest.mark.parametrize("how", ENDINGS)
 def test_an_event_loop_that_closes_in_mid_answer(how: str, tmp_path: Path) -> None:
     code = CLOSING.replace("END", ENDINGS[how].strip())
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "simulator.log")],
-        cwd=ROOT,
-        env={**os.environ, "WEBUI_SECRET_KEY": "the secret of this server"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_alone(code, tmp_path / "simulator.log")
     assert (done.returncode, done.stdout, done.stderr) == (0, "('fine', '')\n", "")

@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import os
 import selectors
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +34,7 @@ from tests.bench.hosting import (
 )
 from tests.footprint import held, more, resident_mb
 from tests.people import soon
+from tests.support import run_alone
 
 Json = dict[str, Any]
 ROOT: Final = Path(__file__).parents[1]
@@ -389,13 +388,5 @@ asyncio.run(main())
 @pytest.mark.parametrize("how", ENDS)
 def test_the_interpreter_exits_in_silence(how: str, tmp_path: Path) -> None:
     code = PROGRAM.replace("BODY", ENDS[how].strip())
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "simulator.log")],
-        cwd=ROOT,
-        env={**os.environ, "WEBUI_SECRET_KEY": "the secret of this server"},
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
+    done = run_alone(code, tmp_path / "simulator.log")
     assert (done.returncode, done.stderr) == (0, "")

@@ -12,13 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from statistics import median, quantiles
+from statistics import median
 from typing import Any, Final
 
 from tests.bench.hosting import MODEL, Loaded, error_of, set_valves, text_of
 from tests.bench.report import Figure
 from tests.bench.streaming import TOKENS_PER_SECOND, PipeReader, Rounds, installed
-from tests.bench.ticker import PERIOD_S
+from tests.bench.ticker import Ticker
 from tests.footprint import resident_mb
 
 CHATS: Final = 500
@@ -59,34 +59,6 @@ class Visit:
 
 async def _ignore(_event: dict[str, Any]) -> None:
     return None
-
-
-class Lags:
-    """While entered, notes by how much a task that wants to run every 5 ms comes late."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def __aenter__(self) -> Lags:
-        self._task = asyncio.create_task(self._tick())
-        return self
-
-    async def __aexit__(self, *_exc: object) -> None:
-        assert self._task is not None
-        self._task.cancel()
-        await asyncio.wait([self._task])
-
-    async def _tick(self) -> None:
-        while True:
-            due = time.perf_counter() + PERIOD_S
-            await asyncio.sleep(PERIOD_S)
-            self.seconds.append(time.perf_counter() - due)
-
-    @property
-    def p99_s(self) -> float:
-        """What 99 of 100 ticks kept below."""
-        return quantiles(self.seconds, n=100)[-1]
 
 
 @contextlib.contextmanager
@@ -143,7 +115,7 @@ class LoadBench(Rounds):
         await self.control("reset", {})
         drip = f"[[drip rate={TOKENS_PER_SECOND} tokens={self._tokens}]]"
         visits = [Visit(f"user{number * USERS // CHATS}") for number in range(CHATS)]
-        async with Lags() as lags:
+        async with Ticker() as lags:
             await asyncio.gather(*(visit.make(loaded, f"{drip} {visit.user}") for visit in visits))
         whole = "".join(f"word{number} " for number in range(self._tokens))
         failures = sum(visit.text != whole or bool(visit.error) for visit in visits)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from statistics import quantiles
 from types import TracebackType
 from typing import Final, Self
 
@@ -11,10 +12,10 @@ PERIOD_S: Final = 0.005
 
 
 class Ticker:
-    """While entered, notes in `worst_s` by how much the latest tick of all came late."""
+    """While entered, notes by how much each tick comes late."""
 
     def __init__(self) -> None:
-        self.worst_s = 0.0
+        self.seconds: list[float] = []
         self._task: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
@@ -34,4 +35,14 @@ class Ticker:
         while True:
             due = time.perf_counter() + PERIOD_S
             await asyncio.sleep(PERIOD_S)
-            self.worst_s = max(self.worst_s, time.perf_counter() - due)
+            self.seconds.append(time.perf_counter() - due)
+
+    @property
+    def worst_s(self) -> float:
+        """The latest of all."""
+        return max(self.seconds, default=0.0)
+
+    @property
+    def p99_s(self) -> float:
+        """What 99 of 100 ticks kept below."""
+        return quantiles(self.seconds, n=100)[-1]
