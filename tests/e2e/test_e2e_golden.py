@@ -75,6 +75,11 @@ def call_of(call_id: str, name: str, arguments: str) -> Json:
     return {"call_id": call_id, "name": name, "arguments": json.loads(arguments)}
 
 
+def sources_of(message: Json) -> list[Json]:
+    """What stands under a message as its sources."""
+    return [source["source"] for source in message.get("sources") or ()]
+
+
 # The four kinds of clients
 
 
@@ -86,7 +91,7 @@ async def in_chat(name: str, tab: Tab, host: Host, upstream: Upstream, *, stream
         text=message["content"],
         reasoning="\n\n".join(item_text(item) for item in items(message, "reasoning")),
         usage=message.get("usage"),
-        sources=[source["source"]["url"] for source in message.get("sources") or ()],
+        sources=[source["url"] for source in sources_of(message) if "url" in source],
         error=error_text(message),
         calls=[
             call_of(item["call_id"], item["name"], item["arguments"])
@@ -188,6 +193,8 @@ def check_saved(got: Got, expected: Json) -> None:
     if expected["terminal"] == "incomplete":
         assert REASONS[expected["incomplete_reason"]][0] in statuses[-1]["description"]
     check_error(got, expected)
+    logs = [source["name"] for source in sources_of(got.message) if "url" not in source]
+    assert [name.startswith("Log of request ") for name in logs] == [True] * bool(got.error)
     check_rest(got, expected)
     assert got.calls == expected.get("tool_calls", [])
 
