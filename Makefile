@@ -19,7 +19,7 @@ FIND_PYTHON = for python in $(PYTHON) python3.12 python3.11 python3 python; do \
     echo "Python 3.11 or 3.12 with its venv module is needed (Debian: apt install python3-venv);" \
       "PYTHON=/path/to/python chooses one." >&2; exit 1; fi
 
-.PHONY: help run test e2e bench soak check clean
+.PHONY: help run test webui e2e bench soak check clean
 .DEFAULT_GOAL := help
 
 help:  ## list these commands
@@ -28,8 +28,17 @@ help:  ## list these commands
 run: $(WEBUI_STAMP)  ## start Open WebUI with the pipe in it (PORT=8080, OPENROUTER_API_KEY=sk-or-…)
 	@exec $(WEBUI_PYTHON) -m openrouter_responses_pipe run $(if $(PORT),--port '$(PORT)')
 
+# Most tests wait for a server, so two run at a time; those of faults measure who waits, so they run alone.
+FAULTS := tests/test_artifact_faults.py
 test: $(DEV_STAMP)  ## run every test that needs no Open WebUI
-	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench -n 2 --dist loadfile $(ARGS)
+ifdef ARGS
+	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench $(ARGS)
+else
+	.venv/bin/python -m pytest $(FAULTS)
+	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench --ignore=$(FAULTS) -n 2 --dist loadfile
+endif
+
+webui: $(WEBUI_STAMP)  ## install Open WebUI for `run` and `e2e`
 
 e2e: $(E2E_STAMP) $(WEBUI_STAMP)  ## run the tests against a real Open WebUI and a real Chromium
 	.venv/bin/python -m pytest tests/e2e $(ARGS)

@@ -11449,15 +11449,10 @@ class Runtime:
         self._memory = TurnMemory(self._store, env, pipe_id)
         self._metrics = Metrics(self.host, pipe_id, clock)
         self.logs = SessionLogger(clock)
-        around = Neighbours(
-            *(
-                self._registry,
-                AccountReader(self._client.get_json, clock),
-                StreamingEngine(self._client, sleep),
-            ),
-            *(self.host, self._media, ImageResults(self.host, self._media), self._tools, self._memory),
-            self.logs,
-        )
+        account = AccountReader(self._client.get_json, clock)
+        engine, pictures = StreamingEngine(self._client, sleep), ImageResults(self.host, self._media)
+        hands = (self._media, pictures, self._tools, self._memory, self.logs)
+        around = Neighbours(self._registry, account, engine, self.host, *hands)
         self._turns = TurnLoop(around, env, clock)
         self._checks = StartupChecks(self._client.get_json, clock)
         self._chats, self._tasks = AdmissionScheduler(), AdmissionScheduler()
@@ -11514,19 +11509,21 @@ class Runtime:
 
     def _maybe_start_log_worker(self) -> None:
         self.logs.start()
-        self._stack.callback(self._stop_log_worker)
+        self._stack.push_async_callback(self._stop_log_worker)
         # The host forgets functions without a word; at the end of the process `logging` itself flushes.
         weakref.finalize(self, self.logs.stop).atexit = False
 
-    def _stop_log_worker(self) -> None:
+    async def _stop_log_worker(self) -> None:
+        """What was logged is written when a runtime has ended, unless that takes too long."""
         self.logs.stop()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(_CLEANUP_S):
+                await asyncio.to_thread(self.logs.flush)
 
     def _maybe_start_startup_checks(self, valves: Valves) -> None:
         if "checks" in self._begun or not valves.ENABLE_STARTUP_CHECKS:
             return
-        with contextlib.suppress(
-            ConfigurationError
-        ):  # said in the menu, and tried again with the next valves
+        with contextlib.suppress(ConfigurationError):  # the menu says so; tried again with the next valves
             self._checks.begin(_connection(valves, self._env))
             self._begun.add("checks")
 
@@ -11609,9 +11606,8 @@ class Runtime:
         emitter = Emitter(writer, outlet, emit, self._clock, page)
         session = request.session_id or request.chat_id or request.user_id
         level = logging.getLevelNamesMapping()[valves.LOG_LEVEL]
-        return _PipeJob(
-            request, valves, emitter, outlet, LogContext(session, request.user_id, request_id, level)
-        )
+        context = LogContext(session, request.user_id, request_id, level)
+        return _PipeJob(request, valves, emitter, outlet, context)
 
     def in_background(self, work: Coroutine[Any, Any, Any], name: str) -> None:
         """Do something that nobody waits for."""
@@ -11734,10 +11730,8 @@ class Runtime:
     def _note_end(self, job: _PipeJob, outcome: str) -> None:
         """One line of what a request took, and the same for the metrics."""
         usage, request, started = job.emitter.usage(), job.request, job.started_at
-        details = {
-            **_mapping(usage.get("input_tokens_details")),
-            **_mapping(usage.get("output_tokens_details")),
-        }
+        told = map(usage.get, ("input_tokens_details", "output_tokens_details"))
+        details = dict(itertools.chain.from_iterable(_mapping(part).items() for part in told))
         used = {name: usage.get(name) or 0 for name in ("input_tokens", "output_tokens", "cost")}
         used |= {name: details.get(name) or 0 for name in ("cached_tokens", "reasoning_tokens")}
         used = {name: value for name, value in {**used, **job.tally}.items() if _is_number(value) and value}
