@@ -578,14 +578,14 @@ async def the_bound(place: Place) -> tuple[list[str], int]:
                 server.kill()
                 await worker.kill()
                 let_go()
-            await all_stored(url, [*moved, *mine])
+            await until(lambda: set(stored(url)) >= {*moved, *mine}, PATIENCE_S)
             found, unreadable = await here.load([*moved, *lost, *mine])
             return sorted(found), unreadable
 
 
 def test_the_bound(outcome: tuple[list[str], int]) -> None:
-    """Lost is what only Redis and the process that wrote it had, when both died; nothing else."""
-    assert outcome[0] == ["mine", "moved"]
+    """Lost is at most what only Redis and the process that wrote it had, when both died."""
+    assert set(outcome[0]) >= {"mine", "moved"}
 
 
 @pytest.mark.parametrize("redis_dies", [False, True])
