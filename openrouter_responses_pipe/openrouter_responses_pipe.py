@@ -11509,16 +11509,12 @@ class Runtime:
 
     def _maybe_start_log_worker(self) -> None:
         self.logs.start()
-        self._stack.push_async_callback(self._stop_log_worker)
+        self._stack.callback(self._stop_log_worker)
         # The host forgets functions without a word; at the end of the process `logging` itself flushes.
         weakref.finalize(self, self.logs.stop).atexit = False
 
-    async def _stop_log_worker(self) -> None:
-        """What was logged is written when a runtime has ended, unless that takes too long."""
+    def _stop_log_worker(self) -> None:
         self.logs.stop()
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(_CLEANUP_S):
-                await asyncio.to_thread(self.logs.flush)
 
     def _maybe_start_startup_checks(self, valves: Valves) -> None:
         if "checks" in self._begun or not valves.ENABLE_STARTUP_CHECKS:

@@ -14,6 +14,7 @@ import re
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,6 +202,9 @@ async def read_rest(chunks: AsyncIterator[Json], answer: Answer) -> Answer:
     return answer
 
 
+_WRITTEN_S: Final = 0.2  # that of another pipe does not end
+
+
 @contextlib.asynccontextmanager
 async def running_pipe(base_url: str, **valves: Any) -> AsyncIterator[Pipe]:
     """A pipe that is set up for one test; every task of it has ended when it is left."""
@@ -211,6 +215,9 @@ async def running_pipe(base_url: str, **valves: Any) -> AsyncIterator[Pipe]:
         yield pipe
     finally:
         await pipe.aclose(deadline_s=0)
+        for thread in threading.enumerate():  # what was logged is written before another test looks
+            if thread.name == "openrouter log":
+                thread.join(_WRITTEN_S)
     await all_ended(before, services_too=True)
 
 
