@@ -761,8 +761,8 @@ def _channels(server: RedisServer) -> list[bytes]:
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_redis_that_refuses(name: str, outcome: dict[str, list[float]]) -> None:
-    """Everything goes to the database, after a second at most."""
-    assert max(outcome[name]) < 1.5
+    """Everything goes to the database, after a second for Redis, and what opening the table may take."""
+    assert max(outcome[name]) < 2.5
 
 
 @pytest.mark.parametrize("name", REFUSALS)
