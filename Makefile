@@ -29,7 +29,7 @@ run: $(WEBUI_STAMP)  ## start Open WebUI with the pipe in it (PORT=8080, OPENROU
 	@exec $(WEBUI_PYTHON) -m openrouter_responses_pipe run $(if $(PORT),--port '$(PORT)')
 
 # Most tests wait for a server, so two run at a time; those of faults measure who waits, so they run alone,
-# and what failed runs once more: a machine that is busy for a moment is not a fault.
+# and what failed runs once more: one or two fail now and then, and why is not known yet.
 FAULTS := tests/test_artifact_faults.py
 test: $(DEV_STAMP)  ## run every test that needs no Open WebUI
 ifdef ARGS
