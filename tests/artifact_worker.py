@@ -155,7 +155,7 @@ async def held_soon(url: str) -> AsyncIterator[None]:
         holding.__exit__(None, None, None)
 
 
-async def until(condition: Callable[[], Any], limit_s: float = 3 * PATIENCE_S, *, what: str = "") -> float:
+async def until(condition: Callable[[], Any], limit_s: float = PATIENCE_S, *, what: str = "") -> float:
     """Look until it is so; returns the seconds that took."""
     started = time.monotonic()
     while not condition():

@@ -398,11 +398,7 @@ async def a_killed_flusher_is_replaced(place: Place) -> list[float]:
                 assert len(stored(url)) == 3 * after
                 assert waiting(server) == 3
                 async with serving(url, server.url) as here:
-                    async with asyncio.timeout(
-                        PATIENCE_S
-                    ):  # before they are moved; Redis may have seemed away
-                        while sorted((await here.load(ulids))[0]) != ["a", "b", "c"]:
-                            await asyncio.sleep(0.1)
+                    assert sorted((await here.load(ulids))[0]) == ["a", "b", "c"], "before they are moved"
                     took_s = await until(lambda: waiting(server) == 0)
                     assert sorted(stored(url)) == sorted(ulids)
                     return took_s
@@ -761,8 +757,8 @@ def _channels(server: RedisServer) -> list[bytes]:
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_redis_that_refuses(name: str, outcome: dict[str, list[float]]) -> None:
-    """Everything goes to the database, after a second for Redis, and what opening the table may take."""
-    assert max(outcome[name]) < 2.5
+    """Everything goes to the database, after a second at most."""
+    assert max(outcome[name]) < 1.5
 
 
 @pytest.mark.parametrize("name", REFUSALS)
@@ -951,18 +947,23 @@ async def test_reading_goes_on_where_only_writing_fails(sqlite_url: str) -> None
             assert await there.load(ulids) == (["a"], 0)
 
 
-async def test_the_first_question_after_an_outage(sqlite_url: str) -> None:
+@pytest.mark.parametrize("is_open", [False, True])
+async def test_the_first_question_after_an_outage(is_open: bool, sqlite_url: str) -> None:
     """The database is well again, perhaps for hours: the model has its thinking."""
     before = asyncio.all_tasks()
     async with (
         without_wal(sqlite_url) as engine,
         serving(sqlite_url, engine=engine) as here,
-        serving(sqlite_url, engine=engine) as there,
+        contextlib.AsyncExitStack() as ends,
     ):
         ulids = await here.save("a")
+        if is_open:
+            await opened(there := await ends.enter_async_context(serving(sqlite_url, engine=engine)))
         with held(sqlite_url, from_readers=True):
+            if not is_open:
+                there = await ends.enter_async_context(serving(sqlite_url, engine=engine))
             assert await there.load(ulids) == ([], 1)
-            await _nothing_runs(before, 2)  # but the two that clean up
+        await _nothing_runs(before, 2)  # but the two that clean up
         assert await there.load(ulids) == (["a"], 0)
 
 
@@ -970,7 +971,7 @@ async def _nothing_runs(before: set[asyncio.Task[Any]], but: int) -> None:
     def running() -> int:
         return len([t for t in asyncio.all_tasks() - before if t.get_name().startswith("artifacts of")])
 
-    await until(lambda: running() <= but)
+    await until(lambda: running() == but)
 
 
 async def test_a_bad_row_takes_no_others_with_it(database_url: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -1371,7 +1372,7 @@ async def _reloaded(url: str, server: RedisServer, times: int) -> tuple[int, int
                 for _ in range(number):
                     await asyncio.sleep(0)  # so far that it is closed at another step each time
                 closing = asyncio.create_task(here.store.aclose())
-                await asyncio.wait((closing,), timeout=1.0)
+                await asyncio.wait((closing,), timeout=0.3)
                 left += not closing.done()
                 left_locks += locks(server)
                 for task in asyncio.all_tasks() - before - {closing}:
