@@ -28,14 +28,13 @@ help:  ## list these commands
 run: $(WEBUI_STAMP)  ## start Open WebUI with the pipe in it (PORT=8080, OPENROUTER_API_KEY=sk-or-…)
 	@exec $(WEBUI_PYTHON) -m openrouter_responses_pipe run $(if $(PORT),--port '$(PORT)')
 
-# Most tests wait for a server, so two run at a time; those of faults measure who waits, so they run alone,
-# and what failed runs once more: one or two fail now and then, and why is not known yet.
+# Most tests wait for a server, so two run at a time; those of faults measure who waits, so they run alone.
 FAULTS := tests/test_artifact_faults.py
 test: $(DEV_STAMP)  ## run every test that needs no Open WebUI
 ifdef ARGS
 	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench $(ARGS)
 else
-	.venv/bin/python -m pytest $(FAULTS) || .venv/bin/python -m pytest $(FAULTS) --last-failed
+	.venv/bin/python -m pytest $(FAULTS)
 	.venv/bin/python -m pytest tests --ignore=tests/e2e --ignore=tests/bench --ignore=$(FAULTS) -n 2 --dist loadfile
 endif
 

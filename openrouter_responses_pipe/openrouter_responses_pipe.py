@@ -9441,7 +9441,6 @@ class ArtifactStore:
         try:
             database = self._host.database()
             if database is None:
-                self._tried.set()
                 return
             table = self._table = ArtifactTable(database, self._pipe_id)
             for number in itertools.count():
@@ -9457,13 +9456,13 @@ class ArtifactStore:
                 longest_s = min(_RETRY_S, 0.1 * 2 ** min(number, 10)) if number < 120 else _RARE_RETRY_S
                 await asyncio.sleep(random.uniform(0.5, 1.0) * longest_s)
             self._is_open = True
-            self._tried.set()
             self._rests_until.clear()
             self._start_services()
         except ImportError as exc:
             self._note_outage(exc)
         finally:
             self._opening = None
+            self._tried.set()
 
     def _start_services(self) -> None:
         settings = self._settings

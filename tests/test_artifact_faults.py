@@ -134,8 +134,8 @@ async def all_stored(url: str, ulids: list[str], limit_s: float = PATIENCE_S) ->
 
 
 async def opened(here: Here) -> None:
-    """Wait until the table is open."""
-    while await here.load(["0" * 26]) != ([], 0):
+    """Wait until the table can be written."""
+    while isinstance((await timed(here.save()))[0], StorageError):
         await asyncio.sleep(0.1)
 
 
@@ -213,6 +213,7 @@ class Place:
 
 Scenario = Callable[[Place], Awaitable[Any]]
 SLOW: Final[dict[str, Scenario]] = {}
+AT_ONCE: Final = 12  # so many of them; they mostly wait, but all begin with work
 
 
 def side_by_side(scenario: Scenario) -> Scenario:
@@ -243,6 +244,17 @@ class Outcomes:
         return result
 
 
+@contextlib.contextmanager
+def _in_small_turns() -> Iterator[None]:
+    """Threads that compute let those go first that have waited for a server: none of these takes long."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(before / 20)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
 @pytest.fixture(scope="module")
 def outcomes(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory) -> Outcomes:
     """Run the scenarios, each with a loop of its own: what blocks one does not hold up the others."""
@@ -259,8 +271,9 @@ def outcomes(postgres: PostgresServer, tmp_path_factory: pytest.TempPathFactory)
 
     with (
         several_hosts() as log,
+        _in_small_turns(),
         engines.postgres_server(tmp_path_factory.mktemp("postgres")) as own,
-        ThreadPoolExecutor(len(SLOW)) as threads,
+        ThreadPoolExecutor(AT_ONCE) as threads,
     ):
         places = [Place(name, tmp_path_factory.mktemp("slow"), postgres, own) for name in SLOW]
         return Outcomes(dict(zip(SLOW, threads.map(outcome, places), strict=True)), log)
@@ -378,46 +391,45 @@ def test_what_is_lost_is_told_once(failed: Report, name: str) -> None:
 # Those who move rows die
 
 
-@side_by_side
-async def a_killed_flusher_is_replaced(place: Place) -> list[float]:
+async def killed_flusher(place: Place) -> float:
     """Dead before the rows were in the database, or after, when they were not yet out of Redis."""
-
-    async def dies(url: str, name: str, *, after: bool) -> float:
-        with redis_server(place.folder / name) as server:
-            async with Worker.started(place.folder / f"{name}.log") as worker:
-                await worker.open(url, server.url, dies_after_writing=after)
-                await until(lambda: listeners(server) == 1)
-                with held(url) as let_go:
-                    ulids = await worker.save("a", "b", "c")
-                    await until(lambda: locks(server) == 1)
-                    if not after:
-                        await worker.kill()
-                    let_go()
-                if after:
-                    await worker.died()
-                assert len(stored(url)) == 3 * after
-                assert waiting(server) == 3
-                async with serving(url, server.url) as here:
-                    assert sorted((await here.load(ulids))[0]) == ["a", "b", "c"], "before they are moved"
-                    took_s = await until(lambda: waiting(server) == 0)
-                    assert sorted(stored(url)) == sorted(ulids)
-                    return took_s
-
-    with place.postgres.database() as first, place.postgres.database() as second:
-        return list(
-            await asyncio.gather(
-                dies(place.sqlite("1"), "1", after=False),
-                dies(place.sqlite("2"), "2", after=True),
-                dies(first, "3", after=False),
-                dies(second, "4", after=True),
-            )
-        )
+    after = "after" in place.name
+    with (
+        place.postgres.database()
+        if "postgresql" in place.name
+        else contextlib.nullcontext(place.sqlite("webui")) as url,
+        redis_server(place.folder / "redis") as server,
+    ):
+        async with Worker.started(place.folder / "worker.log") as worker:
+            await worker.open(url, server.url, dies_after_writing=after)
+            await until(lambda: listeners(server) == 1)
+            with held(url) as let_go:
+                ulids = await worker.save("a", "b", "c")
+                await until(lambda: locks(server) == 1)
+                if not after:
+                    await worker.kill()
+                let_go()
+            if after:
+                await worker.died()
+        assert len(stored(url)) == 3 * after
+        assert waiting(server) == 3
+        async with serving(url, server.url) as here:
+            assert sorted((await here.load(ulids))[0]) == ["a", "b", "c"], "before they are moved"
+            took_s = await until(lambda: waiting(server) == 0)
+            assert sorted(stored(url)) == sorted(ulids)
+            return took_s
 
 
-def test_a_killed_flusher_is_replaced(outcome: list[float]) -> None:
+KILLED: Final = [
+    f"{database}, killed {when}" for database in ("sqlite", "postgresql") for when in ("before", "after")
+]
+SLOW.update(dict.fromkeys(KILLED, killed_flusher))
+
+
+@pytest.mark.parametrize("name", KILLED)
+def test_a_killed_flusher_is_replaced(name: str, outcomes: Outcomes) -> None:
     """When its lock of 10 s has run out, by one that looks each second."""
-    assert len(outcome) == 4
-    assert max(outcome) < 13
+    assert outcomes.of(name) < 13
 
 
 async def test_rows_of_a_killed_worker_are_moved(
@@ -723,31 +735,29 @@ REFUSALS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
-@side_by_side
-async def redis_that_refuses(place: Place) -> dict[str, list[float]]:
-    """It is there, and takes nothing."""
+async def redis_that_refuses(place: Place) -> list[float]:
+    """It is there, and takes nothing; how long each save takes."""
+    url = place.sqlite("webui")
+    with redis_server(place.folder) as server:
+        async with serving(url, server.url) as here:
+            await at_rest(server)
+            ulids = await here.save("a")
+            await at_rest(server)
+            pending = _pending(server).decode()
+            with asking(server) as client:
+                for command in REFUSALS[place.name]:
+                    client.execute_command(*command.format(pending=pending).split())
+            took: list[float] = []
+            for number in range(4):
+                saved, took_s = await timed(here.save(f"{number}"))
+                took.append(took_s)
+                ulids += saved
+                assert sorted(stored(url)) == sorted(ulids)
+                await asyncio.sleep(1.1)  # longer than it takes to try Redis again
+            return took
 
-    async def refuses(name: str) -> list[float]:
-        url = place.sqlite(name)
-        with redis_server(place.folder / name) as server:
-            async with serving(url, server.url) as here:
-                await at_rest(server)
-                ulids = await here.save("a")
-                await at_rest(server)
-                pending = _pending(server).decode()
-                with asking(server) as client:
-                    for command in REFUSALS[name]:
-                        client.execute_command(*command.format(pending=pending).split())
-                took: list[float] = []
-                for number in range(4):
-                    saved, took_s = await timed(here.save(f"{number}"))
-                    took.append(took_s)
-                    ulids += saved
-                    assert sorted(stored(url)) == sorted(ulids)
-                    await asyncio.sleep(1.1)  # longer than it takes to try Redis again
-                return took
 
-    return dict(zip(REFUSALS, await asyncio.gather(*map(refuses, REFUSALS)), strict=True))
+SLOW.update(dict.fromkeys(REFUSALS, redis_that_refuses))
 
 
 def _channels(server: RedisServer) -> list[bytes]:
@@ -756,14 +766,14 @@ def _channels(server: RedisServer) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", REFUSALS)
-def test_redis_that_refuses(name: str, outcome: dict[str, list[float]]) -> None:
+def test_redis_that_refuses(name: str, outcomes: Outcomes) -> None:
     """Everything goes to the database, after a second at most."""
-    assert max(outcome[name]) < 1.5
+    assert max(outcomes.of(name)) < 1.5
 
 
 @pytest.mark.parametrize("name", REFUSALS)
 def test_a_refusal_is_said_once(name: str, outcomes: Outcomes) -> None:
-    said = outcomes.log.warnings("redis_that_refuses")
+    said = outcomes.log.warnings(name)
     assert len([words for words in said if f"({name})" in words]) == 1
 
 
@@ -957,11 +967,13 @@ async def test_the_first_question_after_an_outage(is_open: bool, sqlite_url: str
         contextlib.AsyncExitStack() as ends,
     ):
         ulids = await here.save("a")
-        if is_open:
-            await opened(there := await ends.enter_async_context(serving(sqlite_url, engine=engine)))
-        with held(sqlite_url, from_readers=True):
+        with contextlib.ExitStack() as lock:
             if not is_open:
-                there = await ends.enter_async_context(serving(sqlite_url, engine=engine))
+                lock.enter_context(held(sqlite_url, from_readers=True))
+            there = await ends.enter_async_context(serving(sqlite_url, engine=engine))
+            if is_open:
+                await opened(there)
+                lock.enter_context(held(sqlite_url, from_readers=True))
             assert await there.load(ulids) == ([], 1)
         await _nothing_runs(before, 2)  # but the two that clean up
         assert await there.load(ulids) == (["a"], 0)
@@ -1359,40 +1371,26 @@ async def test_closed_while_something_is_saved(is_open: bool, sqlite_url: str) -
 # One load of the file after the other
 
 
-async def _reloaded(url: str, server: RedisServer, times: int) -> tuple[int, int]:
-    """Close stores that have just saved something; (tasks that were left, locks that were left)."""
-    left = left_locks = 0
-    async with host_engine(url) as engine:
-        for number in range(times):
+async def test_closed_at_any_step(sqlite_url: str, redis_server: RedisServer) -> None:
+    """Nothing runs any more of stores that have just saved something."""
+    async with host_engine(sqlite_url) as engine:
+        for number in range(100):
             before = asyncio.all_tasks()
-            async with serving(url, server.url, engine=engine) as here:
+            async with serving(sqlite_url, redis_server.url, engine=engine) as here:
                 await here.save("to open it")
-                await at_rest(server)
+                await at_rest(redis_server)
                 await here.save("a")
                 for _ in range(number):
                     await asyncio.sleep(0)  # so far that it is closed at another step each time
                 closing = asyncio.create_task(here.store.aclose())
                 await asyncio.wait((closing,), timeout=0.3)
-                left += not closing.done()
-                left_locks += locks(server)
+                in_time = closing.done()
                 for task in asyncio.all_tasks() - before - {closing}:
                     task.cancel()  # again, where once was not enough
                 await closing
-            with asking(server) as client:
+                assert in_time
+            with asking(redis_server) as client:
                 client.flushall()
-    return left, left_locks
-
-
-@side_by_side
-async def closed_at_any_step(place: Place) -> tuple[int, int]:
-    """Stores that have just saved something."""
-    with redis_server(place.folder) as server:
-        return await _reloaded(place.sqlite("webui"), server, 100)
-
-
-def test_closed_at_any_step(outcome: tuple[int, int]) -> None:
-    """Nothing runs any more."""
-    assert outcome[0] == 0
 
 
 async def test_fifty_loads_of_the_function(
