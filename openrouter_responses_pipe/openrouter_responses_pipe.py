@@ -444,6 +444,10 @@ class PriceOverride(NamedTuple):
     hours: tuple[int, int] | None = None
 
 
+def _lists(field: str, word: str, doc: str) -> property:
+    return property(lambda spec: word in getattr(spec, field), doc=doc)
+
+
 class ModelSpec(NamedTuple):
     """What the catalog says of one model; None where it does not say.
 
@@ -475,6 +479,17 @@ class ModelSpec(NamedTuple):
         """The author's slug."""
         return self.id.partition("/")[0].lstrip("~")
 
+    writes_text = _lists("output_modalities", "text", "Whether the model can answer in words.")
+    writes_images = _lists("output_modalities", "image", "Whether the model makes pictures.")
+    takes_tools = _lists("supported_parameters", "tools", "Whether functions may be offered to the model.")
+    takes_images = _lists("input_modalities", "image", "Whether the model sees pictures.")
+    takes_files = _lists("input_modalities", "file", "Whether the model itself reads files such as PDF.")
+    takes_audio = _lists("input_modalities", "audio", "Whether the model hears.")
+    takes_video = _lists("input_modalities", "video", "Whether the model sees films.")
+    takes_schemas = _lists(
+        "supported_parameters", "structured_outputs", "Whether its answer can be bound to a JSON schema."
+    )
+
     @property
     def price_in(self) -> float | None:
         """US dollars per input token."""
@@ -491,53 +506,13 @@ class ModelSpec(NamedTuple):
         return self.price_in == 0 and self.price_out == 0
 
     @property
-    def writes_text(self) -> bool:
-        """Whether the model can answer in words."""
-        return "text" in self.output_modalities
-
-    @property
-    def writes_images(self) -> bool:
-        """Whether the model makes pictures."""
-        return "image" in self.output_modalities
-
-    @property
     def reasons(self) -> bool:
         """Whether the model can think before it answers."""
         return self.reasoning is not None
 
-    @property
-    def takes_tools(self) -> bool:
-        """Whether functions may be offered to the model."""
-        return "tools" in self.supported_parameters
-
-    @property
-    def takes_images(self) -> bool:
-        """Whether the model sees pictures."""
-        return "image" in self.input_modalities
-
-    @property
-    def takes_files(self) -> bool:
-        """Whether the model itself reads files such as PDF."""
-        return "file" in self.input_modalities
-
     def reads_whole_files(self, native_files: str) -> bool:
         """Whether it gets the files of a chat whole, by the valve `NATIVE_FILES`."""
         return native_files == "always" or (native_files == "supported" and self.takes_files)
-
-    @property
-    def takes_audio(self) -> bool:
-        """Whether the model hears."""
-        return "audio" in self.input_modalities
-
-    @property
-    def takes_video(self) -> bool:
-        """Whether the model sees films."""
-        return "video" in self.input_modalities
-
-    @property
-    def takes_schemas(self) -> bool:
-        """Whether its answer can be bound to a JSON schema."""
-        return "structured_outputs" in self.supported_parameters
 
     @property
     def takes_plugins(self) -> bool:
@@ -4114,11 +4089,6 @@ def _menu(models: Mapping[str, ModelSpec], valves: Valves, today: str) -> list[M
     return [spec._replace(title=_menu_name(spec, named)) for spec in in_order(shown, valves.MODEL_SORT)]
 
 
-def _menu_entries(shown: Iterable[ModelSpec]) -> list[dict[str, str]]:
-    """What `pipes()` returns."""
-    return [{"id": spec.id, "name": spec.title} for spec in shown]
-
-
 def _extra_models(models: Mapping[str, ModelSpec], listed: str, known: set[str]) -> list[ModelSpec]:
     """The entries that an administrator adds by name; no filter applies to them."""
     extra: dict[str, ModelSpec] = {}
@@ -4723,12 +4693,8 @@ def _questions_in(messages: Sequence[Mapping[str, Any]]) -> list[int]:
         place
         for place, message in enumerate(messages)
         if message.get("role") == "user"
-        and (isinstance(message.get("content"), str) or not _is_of_tools(message.get("content")))
+        and next((block.get("text") for block in _objects(message.get("content"))), "") != _TOOL_PICTURES
     ]
-
-
-def _is_of_tools(content: Any) -> bool:
-    return isinstance(content, list) and _mapping(next(iter(content), None)).get("text") == _TOOL_PICTURES
 
 
 def _whole_from(messages: Sequence[Mapping[str, Any]], turns: int) -> int:
@@ -8955,10 +8921,19 @@ def _column(name: str) -> sa.Column[Any]:
 
 
 class ArtifactTable:
-    """SQL for the artifacts of one pipe. Every method raises a StorageError where the database fails."""
+    """SQL for the artifacts of one pipe. Every method raises a StorageError where the database fails.
 
-    def __init__(self, database: Database, pipe_id: str) -> None:
+    `later` is given what nobody has to wait for: giving connections back.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        pipe_id: str,
+        later: Callable[[Coroutine[Any, Any, None]], Any] | None = None,
+    ) -> None:
         self._engine = database.engine
+        self._later = later
         metadata = sa.MetaData(schema=database.schema)
         prefix = _table_prefix(pipe_id)
         columns = [_column(name) for name in ArtifactRow._fields]
@@ -9005,37 +8980,65 @@ class ArtifactTable:
     async def insert(self, rows: Sequence[ArtifactRow]) -> None:
         """Add rows, all or none; what is there already stays as it is."""
         with _storage_errors():
-            async with self._engine.begin() as connection:
+            async with self._connected() as connection:
                 driver = await _sqlite_driver(connection)
                 if driver is None:
                     await connection.execute(self._insert, [row._asdict() for row in rows])
+                    await connection.commit()
                 else:
-                    values = f"({_COLUMN_NAMES}) VALUES ({_COLUMN_MARKS}) ON CONFLICT DO NOTHING"
-                    await driver.executemany(f"INSERT INTO {self._name} {values}", rows)
+                    # What begins with WITH is a transaction by itself: no way to the thread to commit it.
+                    values = ", ".join([f"({_COLUMN_MARKS})"] * len(rows))
+                    await driver.execute_fetchall(
+                        f"WITH added ({_COLUMN_NAMES}) AS (VALUES {values}) INSERT INTO {self._name} "
+                        f"({_COLUMN_NAMES}) SELECT * FROM added WHERE true ON CONFLICT DO NOTHING",
+                        [*itertools.chain.from_iterable(rows)],
+                    )
 
     async def select(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
         """Of each of these ULIDs one row of this person: that of the chat, else that of another."""
-        table = self.table
+        found: dict[str, Sequence[Any]] = {}
         with _storage_errors():
-            async with self._engine.connect() as connection:
-                driver = await _sqlite_driver(connection)
-                if driver is None:
-                    own_first = sa.desc(table.c.chat_id == chat_id)
-                    place = sa.func.row_number().over(partition_by=table.c.ulid, order_by=own_first)
-                    theirs = sa.select(table, place.label("place")).where(
-                        table.c.ulid.in_(ulids), table.c.user_id == user_id
-                    )
-                    ranked = theirs.subquery()
-                    rows = (await connection.execute(sa.select(ranked).where(ranked.c.place == 1))).all()
-                else:  # here `max` also says of which row of a group the other columns are
-                    marks = ", ".join("?" * len(ulids))
-                    rows = await driver.execute_fetchall(
-                        f"SELECT {_COLUMN_NAMES}, max(chat_id = ?) FROM {self._name} "
-                        f"WHERE ulid IN ({marks}) AND user_id = ? GROUP BY ulid",
-                        (chat_id, *ulids, user_id),
-                    )
+            async with self._connected() as connection:
+                for chat in (chat_id, None):
+                    if missing := [ulid for ulid in ulids if ulid not in found]:
+                        rows = await self._rows_of(connection, missing, user_id, chat)
+                        found |= {row[0]: row for row in rows}
         whole = len(ArtifactRow._fields)
-        return [_row_of(row[:whole]) or _damaged(str(row[0])) for row in rows]
+        return [_row_of(row[:whole]) or _damaged(str(row[0])) for row in found.values()]
+
+    async def _rows_of(
+        self, connection: AsyncConnection, ulids: Sequence[str], user_id: str, chat_id: str | None
+    ) -> Iterable[Sequence[Any]]:
+        """Those of a chat; if it is None, one of each ULID, whatever chat it is of."""
+        driver, table = await _sqlite_driver(connection), self.table
+        if driver is not None:  # with `max` the other columns are of the same row
+            marks = ", ".join("?" * len(ulids))
+            where = f"FROM {self._name} WHERE user_id = ? AND ulid IN ({marks})"
+            if chat_id is None:
+                grouped = f"SELECT {_COLUMN_NAMES}, max(chat_id) {where} GROUP BY ulid"
+                return await driver.execute_fetchall(grouped, (user_id, *ulids))
+            own = f"SELECT {_COLUMN_NAMES} {where} AND chat_id = ?"
+            return await driver.execute_fetchall(own, (user_id, *ulids, chat_id))
+        place = sa.func.row_number().over(partition_by=table.c.ulid, order_by=table.c.chat_id)
+        theirs = sa.select(table, place.label("place")).where(
+            table.c.ulid.in_(ulids),
+            table.c.user_id == user_id,
+            sa.true() if chat_id is None else table.c.chat_id == chat_id,
+        )
+        ranked = theirs.subquery()
+        return (await connection.execute(sa.select(ranked).where(ranked.c.place == 1))).all()
+
+    @contextlib.asynccontextmanager
+    async def _connected(self) -> AsyncGenerator[AsyncConnection, None]:
+        connection = await self._engine.connect()
+        try:
+            yield connection
+        finally:
+            giving_back = _given_back(connection)
+            if self._later is None:
+                await giving_back
+            else:
+                self._later(giving_back)
 
     async def touch(self, ulids: Sequence[str], chat_id: str, now: float) -> None:
         """Note that these rows of a chat have been used."""
@@ -9079,6 +9082,11 @@ class ArtifactTable:
         with _storage_errors():
             async with self._engine.connect() as connection:
                 return (await connection.execute(statement)).all()
+
+
+async def _given_back(connection: AsyncConnection) -> None:
+    with _storage_errors():
+        await connection.__aexit__(None, None, None)  # to its end, also when this is cancelled
 
 
 def _insert_new(dialect: str, table: sa.Table) -> Any:
@@ -9442,7 +9450,7 @@ class ArtifactStore:
             database = self._host.database()
             if database is None:
                 return
-            table = self._table = ArtifactTable(database, self._pipe_id)
+            table = self._table = ArtifactTable(database, self._pipe_id, self._in_background)
             for number in itertools.count():
                 if self._closed:
                     return
@@ -9511,12 +9519,9 @@ class ArtifactStore:
         return ulids
 
     async def _persist_artifacts(self, rows: Sequence[ArtifactRow]) -> None:
-        buffer = self._buffer
-        if buffer is None or not (await self._redis_takes(buffer, rows)):
+        buffer, settings = self._buffer, self._settings
+        if not (buffer and settings and settings.uses_redis and await buffer.enqueue(rows)):
             await self._write(rows)
-
-    async def _redis_takes(self, buffer: RedisWriteBehind, rows: Sequence[ArtifactRow]) -> bool:
-        return bool(self._settings and self._settings.uses_redis) and await buffer.enqueue(rows)
 
     async def _write(self, rows: Sequence[ArtifactRow]) -> None:
         """Have rows written, with those of other chats that wait at the same time."""
@@ -9593,7 +9598,9 @@ class ArtifactStore:
                 lost.update(missing)
                 continue
             work = functools.partial(_readable, rows, cast(ArtifactSettings, settings).cipher)
-            read = await _in_thread(work, sum(len(row.payload) for row in rows), self._threads)
+            read = await _in_thread(
+                work, sum(max(row.raw_bytes, len(row.payload)) for row in rows), self._threads
+            )
             lost.update(row.ulid for row in rows)
             self._note_unreadable([row for row in rows if row.ulid not in read])
             for row in rows:
@@ -9808,7 +9815,7 @@ _RECENT_BYTES: Final = 16 * 1024 * 1024
 _RECENT_S: Final = 6 * 3600.0
 _TOUCH_S: Final = 86_400.0
 _UNNOTED_S: Final = _TOUCH_S + _RECENT_S  # a row may have been used so long after that was noted
-_THREAD_BYTES: Final = 4 * 1024
+_THREAD_BYTES: Final = 64 * 1024  # of JSON: half a millisecond, about what a thread itself costs
 _SAVE_S: Final = 3.0  # what the end of an answer may wait for the database
 _LOAD_S: Final = 3.0
 _OPEN_S: Final = 2.0  # what the first may wait for the table
@@ -11574,7 +11581,7 @@ class Runtime:
             self._warn_unmatched(models, valves)
             self.last_menu = []  # filters that leave nothing must not leave what was there before
             self._shown = _menu(models, valves, today)
-            self.last_menu = _menu_entries(self._shown)
+            self.last_menu = [{"id": spec.id, "name": spec.title} for spec in self._shown]
             self._menu_catalog, self._menu_choice = models, made_of
         published = PublishChoice(valves.SYNC_MODEL_METADATA, valves.NEW_MODEL_ACCESS, valves.NATIVE_FILES)
         self._publisher.publish(self._shown, published)

@@ -102,7 +102,7 @@ class World:
     def __init__(self, url: str, engine: AsyncEngine, settings: ArtifactSettings) -> None:
         self.url = url
         self.settings = settings
-        self.statements: list[str] = []  # one for each row that is written, with COMMIT between transactions
+        self.statements: list[str] = []  # of PostgreSQL one for each row, with COMMIT between transactions
         self._workers: list[ArtifactStore] = []
         if url.startswith("sqlite"):
             event.listen(engine.sync_engine, "connect", self._trace)
@@ -216,6 +216,9 @@ class World:
 
     def batches(self) -> list[int]:
         """How many artifacts were written in each transaction so far that has written any."""
+        if self.url.startswith("sqlite"):  # one statement each
+            written = [each for each in self.statements if "INSERT" in each and TABLE in each]
+            return [each.count("), (") + 1 for each in written]
         sizes = [0]
         for statement in self.statements:
             if statement == "COMMIT":

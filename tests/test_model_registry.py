@@ -24,7 +24,6 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     StreamError,
     Valves,
     _menu,
-    _menu_entries,
     _model_spec,
     _parse_model_id,
     _setup_entry,
@@ -133,8 +132,8 @@ def test_any_entry_can_be_read(entry: Json) -> None:
 
 def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
     models = {model_id: spec for model_id, spec in SPECS.items() if spec is not None}
-    menu = _menu_entries(_menu(models, Valves(), TODAY))
-    ids = [row["id"] for row in menu]
+    menu = _menu(models, Valves(), TODAY)
+    ids = [shown.id for shown in menu]
     assert set(ids) == {
         model_id
         for model_id, entry in ENTRIES.items()
@@ -143,9 +142,8 @@ def test_the_menu_shows_what_can_answer_a_chat_by_name() -> None:
     assert "openai/text-embedding-3-small" not in ids
     assert "black-forest-labs/flux.2-pro" not in ids
     assert "~anthropic/claude-sonnet-latest" in ids
-    names = [row["name"] for row in menu]
+    names = [shown.title for shown in menu]
     assert names == sorted(names, key=str.lower)
-    assert all(set(row) == {"id", "name"} for row in menu)
 
 
 def spec(model_id: str, name: str = "", **known: Any) -> ModelSpec:
@@ -174,7 +172,8 @@ def with_valves(**valves: Any) -> Valves:
 
 
 def listed(**valves: Any) -> list[dict[str, str]]:
-    return _menu_entries(_menu(SHELF, with_valves(**valves), TODAY))
+    menu = _menu(SHELF, with_valves(**valves), TODAY)
+    return [{"id": shown.id, "name": shown.title} for shown in menu]
 
 
 def listed_with(extra: list[str]) -> list[dict[str, str]]:

@@ -41,6 +41,7 @@ READS: Final[dict[int, float | None]] = {10: None, 20: 1.5, 40: 1.5}
 WRITE_LIMIT: Final = 2.5
 BATCHES, CHATS = 60, 20  # of a round
 LOAD_MS, WAIT_MS = 5.0, 50.0
+REST_S: Final = 0.002  # before each: what a store does after it has answered, nobody waits for
 
 ROWS, QUICK_ROWS = 1_000_000, 100_000
 TURNS, PEOPLE, DAYS = 20, 500, 100
@@ -175,6 +176,7 @@ async def _write_both(store: module.ArtifactStore, plain: Plain, batches: int) -
     pairs = []
     for _ in range(batches):
         payloads = [_payload("user", "chat") for _ in range(BATCH)]
+        await asyncio.sleep(REST_S)
         started = time.perf_counter()
         await store.save(payloads)
         between = time.perf_counter()
@@ -196,6 +198,7 @@ async def _read_both(
     async with _store() as reader:
         gc.collect()
         for payloads, ulids, ids in written:
+            await asyncio.sleep(REST_S)
             started = time.perf_counter()
             loaded = await reader.load(ulids, "user", payloads[0].chat_id)
             between = time.perf_counter()
