@@ -8993,6 +8993,8 @@ class ArtifactTable:
                         f"({_COLUMN_NAMES}) SELECT * FROM added WHERE true ON CONFLICT DO NOTHING",
                         [*itertools.chain.from_iterable(rows)],
                     )
+                    if driver.in_transaction:  # one that the host has begun
+                        await driver.commit()
 
     async def select(self, ulids: Sequence[str], user_id: str, chat_id: str) -> list[ArtifactRow]:
         """Of each of these ULIDs one row of this person: that of the chat, else that of another."""
@@ -11354,12 +11356,12 @@ class StartupChecks:
         self.failed: dict[str, _Outage] = {}
         self._probes: dict[str, asyncio.Task[None]] = {}
 
-    def begin(self, connection: Connection) -> asyncio.Task[None]:
+    def begin(self, connection: Connection, after_s: float = 0.0) -> asyncio.Task[None]:
         """Ask in the background; all who ask at the same time share one answer."""
         digest = _connection_digest(connection)
         if digest not in self._probes:
             task = asyncio.get_running_loop().create_task(
-                self._probe(connection, digest), name="startup check", context=_nobodys_context()
+                self._probe(connection, digest, after_s), name="startup check", context=_nobodys_context()
             )
             self._probes[digest] = task
             task.add_done_callback(lambda _: self._probes.pop(digest, None))
@@ -11388,8 +11390,9 @@ class StartupChecks:
         """Ask no more."""
         await _end_tasks(self._probes.values())
 
-    async def _probe(self, connection: Connection, digest: str) -> None:
+    async def _probe(self, connection: Connection, digest: str, after_s: float) -> None:
         error: PipeError | None = None
+        await asyncio.sleep(after_s)
         try:
             async with asyncio.timeout(_PROBE_S):
                 await self._fetch(connection._replace(key=""), "/models?limit=1", "")
@@ -11412,6 +11415,7 @@ _FIRST_PLACE_S: Final = 1.0  # after so long somebody who waits is told the plac
 _LAST_PLACE_S: Final = 30.0
 _BUSY: Final = "The server is busy: too many requests are waiting already. Please try again in a moment"
 _PROBE_S: Final = 5.0
+_FIRST_PROBE_S: Final = 0.3  # whoever has come first goes first
 _PROBE_AGAIN_S: Final = 10.0
 _LOCKING_TEMPLATES: Final = frozenset({"network", "timeout", "broken", "authentication"})
 
@@ -11526,7 +11530,7 @@ class Runtime:
         if "checks" in self._begun or not valves.ENABLE_STARTUP_CHECKS:
             return
         with contextlib.suppress(ConfigurationError):  # the menu says so; tried again with the next valves
-            self._checks.begin(_connection(valves, self._env))
+            self._checks.begin(_connection(valves, self._env), _FIRST_PROBE_S)
             self._begun.add("checks")
 
     def _maybe_start_redis(self, valves: Valves) -> None:

@@ -6,12 +6,10 @@ What is in the databases was put there by a real store.
 from __future__ import annotations
 
 import asyncio
-import json
-import logging
 import os
 import sys
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +18,6 @@ import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from openrouter_responses_pipe.__main__ import main
 from openrouter_responses_pipe.openrouter_responses_pipe import (
     ArtifactCipher,
     ArtifactPayload,
@@ -32,6 +29,7 @@ from openrouter_responses_pipe.openrouter_responses_pipe import (
     OpenWebUIHost,
 )
 from pytest_bootstrap import Chat, host_database
+from tests.commands import Command, shell
 from tests.engines import host_engine
 from tests.support import free_port
 
@@ -41,43 +39,33 @@ SECRET: Final = "the secret of this server"
 WORDS: Final = "what the model has thought " * 40
 
 
-class Command:
+class Artifacts:
     """The command, given its arguments as from a shell; the environment is that of a server."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str], environment: pytest.MonkeyPatch) -> None:
-        self._capsys = capsys
+    def __init__(self, command: Command, environment: pytest.MonkeyPatch) -> None:
+        self._command = command
         self._environment = environment
 
     async def __call__(self, command: str, url: str, *options: str, **more: str) -> tuple[int, str, str]:
         """(exit status, what was printed, what was said of errors); `more` goes into the environment."""
-        for name, value in {"WEBUI_SECRET_KEY": SECRET, **more}.items():
-            self._environment.setenv(name, value)
-        where = ("--database", url) if url else ()
-        status = await asyncio.to_thread(_status, ["artifacts", command, *where, *options])
-        printed = self._capsys.readouterr()
-        return status, printed.out, printed.err
+        self._set(more)
+        return await self._command(f"artifacts {command}", url, *options)
 
     async def facts(self, command: str, url: str, *options: str, **more: str) -> dict[str, Any]:
         """What is printed for machines."""
-        _, out, err = await self(command, url, "--json", *options, **more)
-        assert err == ""
-        return json.loads(out)
+        self._set(more)
+        return await self._command.facts(f"artifacts {command}", url, *options)
 
-
-def _status(arguments: Sequence[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as ended:  # of argparse
-        return int(ended.code or 0)
+    def _set(self, more: Mapping[str, str]) -> None:
+        for name, value in {"WEBUI_SECRET_KEY": SECRET, **more}.items():
+            self._environment.setenv(name, value)
 
 
 @pytest.fixture
-def artifacts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """The command, in this process: a process of its own takes a second to begin."""
-    for name in ("DATABASE_URL", "DATABASE_SCHEMA", "WEBUI_JWT_SECRET_KEY", "ARTIFACT_ENCRYPTION_KEY"):
-        monkeypatch.delenv(name, raising=False)
-    yield Command(capsys, monkeypatch)
-    logging.disable(logging.NOTSET)  # the command wants no log beside what it prints
+def artifacts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Artifacts]:
+    """The command, in a shell where nothing of a server is set."""
+    with shell(monkeypatch):
+        yield Artifacts(Command(capsys), monkeypatch)
 
 
 @asynccontextmanager
@@ -137,7 +125,7 @@ def url(database_url: str) -> str:
 
 
 async def test_what_is_kept_is_counted_by_kind_age_and_key(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     async with store_of() as store:
         await store.save(thoughts("one", 3))
@@ -182,7 +170,7 @@ async def test_what_is_kept_is_counted_by_kind_age_and_key(
 
 
 @pytest.mark.parametrize("database_url", ["sqlite"], indirect=True)
-async def test_a_damaged_file_is_counted_too(artifacts: Command, database: AsyncEngine, url: str) -> None:
+async def test_a_damaged_file_is_counted_too(artifacts: Artifacts, database: AsyncEngine, url: str) -> None:
     """SQLite keeps whatever it is given."""
     ulids = await saved("one", 5)
     odd: dict[str, Any] = {"kind": b"\xff", "key_id": b"\xfe", "raw_bytes": "many", "payload": 5}
@@ -197,7 +185,7 @@ async def test_a_damaged_file_is_counted_too(artifacts: Command, database: Async
     assert "5 rows of 1 chats" in out
 
 
-async def test_an_empty_table_is_no_error(artifacts: Command, database: AsyncEngine, url: str) -> None:
+async def test_an_empty_table_is_no_error(artifacts: Artifacts, database: AsyncEngine, url: str) -> None:
     await ArtifactTable(Database(database), "openrouter").create(time.time())
     assert (await artifacts.facts("stats", url))["rows"] == 0
     assert await artifacts("verify", url) == (0, "All 0 rows can be read.\n", "")
@@ -207,7 +195,7 @@ async def test_an_empty_table_is_no_error(artifacts: Command, database: AsyncEng
 
 
 async def test_what_nobody_has_used_for_so_long_is_deleted_and_nothing_else(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     await saved("old", 450, days_ago=31)
     young = await saved("young", 3, days_ago=29)
@@ -223,7 +211,7 @@ async def test_what_nobody_has_used_for_so_long_is_deleted_and_nothing_else(
 
 
 async def test_what_is_of_deleted_chats_goes_unless_it_is_of_this_hour(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     await host_has_chats("there")
     there = await saved("there", 2, days_ago=1)
@@ -243,7 +231,7 @@ async def test_what_is_of_deleted_chats_goes_unless_it_is_of_this_hour(
 
 
 async def test_without_the_table_of_chats_nothing_is_deleted(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     await saved("any", 2, days_ago=100)
     status, out, err = await artifacts("prune", url, "--days", "1", "--deleted-chats")
@@ -255,7 +243,7 @@ async def test_without_the_table_of_chats_nothing_is_deleted(
 
 
 @pytest.mark.parametrize("options", [(), ("--days", "0"), ("--days", "-1"), ("--days", "soon")])
-async def test_what_to_delete_has_to_be_said(artifacts: Command, options: Sequence[str]) -> None:
+async def test_what_to_delete_has_to_be_said(artifacts: Artifacts, options: Sequence[str]) -> None:
     status, out, err = await artifacts("prune", "sqlite:////there/is/none.db", *options)
     assert (status, out) == (2, "")
     assert err
@@ -265,7 +253,7 @@ async def test_what_to_delete_has_to_be_said(artifacts: Command, options: Sequen
 
 
 async def test_all_can_be_read_with_the_keys_that_have_sealed_it(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     await saved("one", 60)
     await saved("two", 2, secret="the key of the valve")
@@ -281,7 +269,7 @@ async def test_all_can_be_read_with_the_keys_that_have_sealed_it(
 
 
 async def test_what_cannot_be_read_is_told_with_its_reason_and_key(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     ulids = await saved("one", 5)
     await saved("two", 2, secret="a lost one")
@@ -319,7 +307,7 @@ async def test_what_cannot_be_read_is_told_with_its_reason_and_key(
     assert "thought" not in out
 
 
-async def test_keys_are_those_of_one_function(artifacts: Command, database: AsyncEngine, url: str) -> None:
+async def test_keys_are_those_of_one_function(artifacts: Artifacts, database: AsyncEngine, url: str) -> None:
     async with store_of(pipe_id="Other Pipe") as store:
         await store.save(thoughts("chat"))
     # the id belongs to the key and to the name of the table
@@ -332,7 +320,7 @@ async def test_keys_are_those_of_one_function(artifacts: Command, database: Asyn
 
 
 async def test_the_database_is_the_one_that_open_webui_is_told_of(
-    artifacts: Command, database: AsyncEngine, url: str
+    artifacts: Artifacts, database: AsyncEngine, url: str
 ) -> None:
     await saved("one")
     assert (await artifacts.facts("stats", "", DATABASE_URL=url))["rows"] == 1
@@ -348,7 +336,7 @@ async def test_the_database_is_the_one_that_open_webui_is_told_of(
     ],
 )
 async def test_every_form_of_an_address_that_open_webui_takes(
-    artifacts: Command, prefix: str, options: str, postgres_url: str
+    artifacts: Artifacts, prefix: str, options: str, postgres_url: str
 ) -> None:
     url = postgres_url.replace("postgresql+psycopg://", prefix) + options
     assert await artifacts("stats", url) == (
@@ -358,7 +346,7 @@ async def test_every_form_of_an_address_that_open_webui_takes(
     )
 
 
-async def test_the_schema_that_open_webui_is_told_of(artifacts: Command, postgres_url: str) -> None:
+async def test_the_schema_that_open_webui_is_told_of(artifacts: Artifacts, postgres_url: str) -> None:
     async with host_engine(postgres_url) as engine:
         async with engine.begin() as connection:
             await connection.execute(sa.text("CREATE SCHEMA chats"))
@@ -374,7 +362,7 @@ async def test_the_schema_that_open_webui_is_told_of(artifacts: Command, postgre
         assert await kept(engine, "chats") == []
 
 
-async def test_a_database_that_is_not_there_is_not_made(artifacts: Command, tmp_path: Path) -> None:
+async def test_a_database_that_is_not_there_is_not_made(artifacts: Artifacts, tmp_path: Path) -> None:
     missing = tmp_path / "webui.db"
     for command in (("stats",), ("verify",), ("prune", "--days", "1")):
         status, out, err = await artifacts(command[0], f"sqlite:///{missing}", *command[1:])
@@ -383,7 +371,7 @@ async def test_a_database_that_is_not_there_is_not_made(artifacts: Command, tmp_
     assert os.listdir(tmp_path) == []
 
 
-async def test_a_file_without_the_table_stays_as_it_is(artifacts: Command, tmp_path: Path) -> None:
+async def test_a_file_without_the_table_stays_as_it_is(artifacts: Artifacts, tmp_path: Path) -> None:
     file = tmp_path / "webui.db"
     file.touch()
     status, _, err = await artifacts("stats", f"sqlite:///{file}")
@@ -407,7 +395,7 @@ NOWHERE: Final = f"postgresql://someone:hidden@127.0.0.1:{free_port()}/webui"
     ],
 )
 async def test_a_database_that_cannot_be_used_is_one_sentence(
-    artifacts: Command, url: str, words: str
+    artifacts: Artifacts, url: str, words: str
 ) -> None:
     status, out, err = await artifacts("stats", url)
     assert (status, out) == (1, "")
@@ -416,7 +404,7 @@ async def test_a_database_that_cannot_be_used_is_one_sentence(
     assert "hidden" not in err
 
 
-async def test_no_database_is_wrong_usage(artifacts: Command) -> None:
+async def test_no_database_is_wrong_usage(artifacts: Artifacts) -> None:
     status, _, err = await artifacts("stats", "")
     assert (status, err) == (2, "Name Open WebUI's database with --database or in DATABASE_URL.\n")
 

@@ -33,6 +33,7 @@ from typing import Any, Final
 import lz4.frame
 import pytest
 import redis
+from sqlalchemy import event
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from openrouter_responses_pipe.openrouter_responses_pipe import ArtifactCipher, Pipe, StorageError
@@ -955,6 +956,19 @@ async def test_reading_goes_on_where_only_writing_fails(sqlite_url: str) -> None
         with held(sqlite_url):
             assert isinstance((await timed(there.save("b")))[0], StorageError)
             assert await there.load(ulids) == (["a"], 0)
+
+
+async def test_a_host_that_begins_transactions_itself(sqlite_url: str) -> None:
+    """With the option `autocommit` of later Pythons, or an event: what was acknowledged is stored."""
+
+    def begin(connection: Any, *_given: object) -> None:
+        connection.cursor().execute("BEGIN")
+
+    async with host_engine(sqlite_url) as engine, serving(sqlite_url, engine=engine) as here:
+        await opened(here)
+        event.listen(engine.sync_engine, "checkout", begin)
+        ulids = await here.save("a")
+        assert stored(sqlite_url) == ulids
 
 
 @pytest.mark.parametrize("is_open", [False, True])

@@ -306,12 +306,18 @@ def locked(database_url: str) -> Callable[[], contextlib.AbstractAsyncContextMan
     return lock
 
 
-async def test_a_database_that_hangs_loses_nothing(database: AsyncEngine, locked: Any) -> None:
+async def worker_that_has_counted() -> Worker:
+    """One tool is in a row already, two more and two seconds are not."""
     worker = Worker()
     worker.metrics.count("tools")
     await worker.write()
     worker.metrics.count("tools", 2)
     worker.metrics.observe("seconds", 2)
+    return worker
+
+
+async def test_a_database_that_hangs_loses_nothing(database: AsyncEngine, locked: Any) -> None:
+    worker = await worker_that_has_counted()
     async with locked():
         async with asyncio.timeout(PATIENCE_S):
             writing = asyncio.create_task(worker.write())
@@ -327,11 +333,7 @@ async def test_a_database_that_hangs_loses_nothing(database: AsyncEngine, locked
 
 async def test_a_write_that_is_called_off_loses_nothing(database: AsyncEngine, locked: Any) -> None:
     """So it goes when a function is saved while its housekeeping waits for the database."""
-    worker = Worker()
-    worker.metrics.count("tools")
-    await worker.write()
-    worker.metrics.count("tools", 2)
-    worker.metrics.observe("seconds", 2)
+    worker = await worker_that_has_counted()
     async with locked():
         writing = asyncio.create_task(worker.write())
         await asyncio.sleep(0)

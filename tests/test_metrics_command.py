@@ -5,22 +5,20 @@ The rows were written by real workers.
 
 from __future__ import annotations
 
-import asyncio
 import json
-import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any, Final
 
 import pytest
 import sqlalchemy as sa
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from openrouter_responses_pipe.__main__ import main
 from openrouter_responses_pipe.metrics import quantile
 from openrouter_responses_pipe.openrouter_responses_pipe import Metrics, OpenWebUIHost
 from openrouter_responses_pipe.simulator import Simulator
 from pytest_bootstrap import host_database
+from tests.commands import Command, shell
 from tests.engines import host_engine
 from tests.support import ask, running_pipe
 
@@ -29,40 +27,26 @@ HOUR_S: Final = 3_600
 NOTHING: Final = {"count": 0, "median": None, "p95": None}
 
 
-class Command:
+class MetricsCommand:
     """The command, given its arguments as from a shell."""
 
-    def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
-        self._capsys = capsys
+    def __init__(self, command: Command) -> None:
+        self._command = command
 
     async def __call__(self, url: str, *options: str) -> tuple[int, str, str]:
         """(exit status, what was printed, what was said of errors)."""
-        where = ("--database", url) if url else ()
-        status = await asyncio.to_thread(_status, ["metrics", *where, *options])
-        printed = self._capsys.readouterr()
-        return status, printed.out, printed.err
+        return await self._command("metrics", url, *options)
 
     async def facts(self, url: str, *options: str) -> Json:
         """What is printed for machines."""
-        status, out, err = await self(url, "--json", *options)
-        assert (status, err) == (0, "")
-        return json.loads(out)
-
-
-def _status(arguments: Sequence[str]) -> int:
-    try:
-        return main(arguments)
-    except SystemExit as ended:  # of argparse
-        return int(ended.code or 0)
+        return await self._command.facts("metrics", url, *options)
 
 
 @pytest.fixture
-def metrics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Command]:
-    """The command, in this process."""
-    for name in ("DATABASE_URL", "DATABASE_SCHEMA"):
-        monkeypatch.delenv(name, raising=False)
-    yield Command(capsys)
-    logging.disable(logging.NOTSET)  # the command wants no log beside what it prints
+def metrics(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[MetricsCommand]:
+    """The command, in a shell where nothing of a server is set."""
+    with shell(monkeypatch):
+        yield MetricsCommand(Command(capsys))
 
 
 @pytest.fixture
@@ -85,7 +69,7 @@ async def worked(
 
 
 async def test_the_rows_of_all_workers_are_added_up(
-    metrics: Command, database: AsyncEngine, url: str
+    metrics: MetricsCommand, database: AsyncEngine, url: str
 ) -> None:
     seconds = {"seconds": [0.2] * 10, "first_token_seconds": [0.05] * 10}
     await worked({"requests.answered": 1_200, "input_tokens": 5_000, "cost": 0.125, "tools": 4}, seconds)
@@ -136,7 +120,7 @@ async def test_the_rows_of_all_workers_are_added_up(
 
 
 async def test_what_a_pipe_has_counted(
-    metrics: Command, database: AsyncEngine, url: str, simulator: Simulator
+    metrics: MetricsCommand, database: AsyncEngine, url: str, simulator: Simulator
 ) -> None:
     async with running_pipe(simulator.base_url, RETRY_ATTEMPTS=1) as pipe:
         usage = (await ask(pipe, "hello")).usage or {}
@@ -151,7 +135,7 @@ async def test_what_a_pipe_has_counted(
     assert facts["spreads"]["waiting_requests"]["count"] == 2
 
 
-async def test_no_rows_are_no_error(metrics: Command, database: AsyncEngine, url: str) -> None:
+async def test_no_rows_are_no_error(metrics: MetricsCommand, database: AsyncEngine, url: str) -> None:
     await worked({"tools": 1}, hours_ago=48)
     facts = await metrics.facts(url)
     assert (facts["rows"], facts["workers"], sum(facts["requests"].values())) == (0, 0, 0)
@@ -160,7 +144,7 @@ async def test_no_rows_are_no_error(metrics: Command, database: AsyncEngine, url
 
 
 async def test_rows_that_nobody_understands_count_nothing(
-    metrics: Command, database: AsyncEngine, url: str
+    metrics: MetricsCommand, database: AsyncEngine, url: str
 ) -> None:
     await worked({"requests.answered": 1})
     odd = {
@@ -177,7 +161,7 @@ async def test_rows_that_nobody_understands_count_nothing(
     assert set(map(str, facts["spreads"].values())) == {str(NOTHING)}
 
 
-async def test_a_schema_and_another_function(metrics: Command, postgres_url: str) -> None:
+async def test_a_schema_and_another_function(metrics: MetricsCommand, postgres_url: str) -> None:
     address = postgres_url.replace("+psycopg", "")
     async with host_engine(postgres_url) as engine:
         async with engine.begin() as connection:
@@ -197,7 +181,7 @@ async def test_a_schema_and_another_function(metrics: Command, postgres_url: str
     assert (await metrics(address))[2] == "There is no table pipe_openrouter_metrics in this database.\n"
 
 
-async def test_nothing_is_made(metrics: Command, database: AsyncEngine, url: str) -> None:
+async def test_nothing_is_made(metrics: MetricsCommand, database: AsyncEngine, url: str) -> None:
     async with database.begin() as connection:
         await connection.execute(sa.text("CREATE TABLE other (id INTEGER)"))
     assert (await metrics(url))[0] == 1
@@ -207,13 +191,13 @@ async def test_nothing_is_made(metrics: Command, database: AsyncEngine, url: str
 
 
 @pytest.mark.parametrize("hours", ["0", "-1", "nan", "inf", "a day"])
-async def test_hours_that_are_none(hours: str, metrics: Command) -> None:
+async def test_hours_that_are_none(hours: str, metrics: MetricsCommand) -> None:
     status, out, err = await metrics("sqlite:///x.db", f"--hours={hours}")
     assert (status, out) == (2, "")
     assert "a number of hours, more than 0, is expected" in err
 
 
-async def test_no_database_is_wrong_usage(metrics: Command) -> None:
+async def test_no_database_is_wrong_usage(metrics: MetricsCommand) -> None:
     assert await metrics("") == (2, "", "Name Open WebUI's database with --database or in DATABASE_URL.\n")
 
 

@@ -1,4 +1,4 @@
-"""Twenty seconds of what `make soak` does for ten minutes."""
+"""A minute of what `make soak` does for ten."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from openrouter_responses_pipe.webui import SimulatorServer
 from pytest_bootstrap import host_functions
 from tests.soak import Soak
 
-SECONDS = 20.0
-GROWTH = 1.2  # so soon after the start memory is still being taken
+SECONDS = 60.0
+GROWTH = 1.1  # so soon after the start memory is still being taken
 
 
+@pytest.mark.timeout(240)
 async def test_nothing_fails_and_nothing_grows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WEBUI_SECRET_KEY", "the secret of this server")
     simulator = SimulatorServer(tmp_path / "simulator.log")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from playwright.async_api import expect
 
-from tests.e2e.driver import Tab, error_text, unique
+from tests.e2e.driver import Tab, Turn, error_text, unique
 from tests.e2e.host import KEY, MODEL, Host, valves
 from tests.e2e.page import ChatPage
 from tests.e2e.upstream import Upstream
@@ -15,14 +15,20 @@ from tests.e2e.upstream import Upstream
 WAITING = "Waiting for a free place: "
 
 
+async def one_beside_another(tab: Tab, words: str) -> tuple[Turn, Turn, str]:
+    """(an answer that is being written, one that waits for its end and says so, the word in its question)."""
+    first = await tab.ask(unique("[[drip rate=20 tokens=100]]")[0], MODEL)
+    await first.wait(lambda turn: turn.text, "text")
+    question, word = unique(words)
+    second = await tab.ask(question, MODEL)
+    await second.wait(lambda turn: turn.data("status"), "the place in the queue")
+    return first, second, word
+
+
 async def test_who_waits_is_told_the_place(tab: Tab, host: Host, upstream: Upstream) -> None:
     """One answer at a time: the second waits, says so, and comes; its line of waiting does not stay."""
     with valves(host, MAX_CONCURRENT_REQUESTS=1):
-        first = await tab.ask(unique("[[drip rate=20 tokens=100]]")[0], MODEL)
-        await first.wait(lambda turn: turn.text, "text")
-        question, word = unique("And now me")
-        second = await tab.ask(question, MODEL)
-        await second.wait(lambda turn: turn.data("status"), "the place in the queue")
+        first, second, word = await one_beside_another(tab, "And now me")
         assert second.data("status")[0]["description"] == WAITING + "this request is the next"
         assert not upstream.asked(word)
         assert "word99" in (await first.done())["content"]
@@ -34,11 +40,7 @@ async def test_who_waits_is_told_the_place(tab: Tab, host: Host, upstream: Upstr
 
 async def test_stop_leaves_the_queue(tab: Tab, host: Host, upstream: Upstream) -> None:
     with valves(host, MAX_CONCURRENT_REQUESTS=1):
-        first = await tab.ask(unique("[[drip rate=20 tokens=100]]")[0], MODEL)
-        await first.wait(lambda turn: turn.text, "text")
-        question, word = unique("Not any more")
-        second = await tab.ask(question, MODEL)
-        await second.wait(lambda turn: turn.data("status"), "the place in the queue")
+        first, second, word = await one_beside_another(tab, "Not any more")
         await second.stop()
         message = await second.done()
         await first.done()
