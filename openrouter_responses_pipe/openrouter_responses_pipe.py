@@ -1577,7 +1577,7 @@ def _artifact_cipher(pipe_id: str, secret: str, *older: str) -> ArtifactCipher:
 def _new_ulid(now: float) -> str:
     """An id that nobody can guess and that sorts by the time it was made (github.com/ulid/spec)."""
     if ULID is not None:
-        return str(ULID.from_timestamp(now))
+        return str(ULID.from_timestamp(max(now, 0.0)))
     number = int(now * 1000) % 2**48 << 80 | secrets.randbits(80)
     crockford = "0123456789ABCDEFGHJKMNPQRSTVWXYZ"
     return "".join(crockford[number >> shift & 31] for shift in range(125, -1, -5))
