@@ -306,9 +306,9 @@ class Worker:
             except EOFError:
                 raise AssertionError(f"the worker has ended: {self.log.read_text('utf-8')}") from None
 
-    async def open(self, database: str, redis: str = "", *, dies_after_writing: bool = False) -> None:
+    async def open(self, database: str, redis: str = "") -> None:
         """Have it open its store."""
-        await self.do("open", database=database, redis=redis, dies_after_writing=dies_after_writing)
+        await self.do("open", database=database, redis=redis)
 
     async def save(self, *wanted: str, chat_id: str = CHAT) -> list[str]:
         """Have it keep thoughts; their ULIDs.
@@ -365,16 +365,6 @@ def _run(line: Connection, log: Path) -> None:
     asyncio.run(_work(line))
 
 
-def _die_after_writing(engine: AsyncEngine, url: str) -> None:
-    """End this process as soon as it has written a row and before it can tell anybody."""
-
-    def look(*_given: object) -> None:
-        if stored(url):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    event.listen(engine.sync_engine, "checkin", look)
-
-
 async def _work(line: Connection) -> None:
     here: Here | None = None
     async with contextlib.AsyncExitStack() as ends:
@@ -399,8 +389,6 @@ async def _work(line: Connection) -> None:
 async def _opened(given: Json, ends: contextlib.AsyncExitStack) -> Here:
     url = given["database"]
     engine = await ends.enter_async_context(host_engine(url))
-    if given["dies_after_writing"]:
-        _die_after_writing(engine, url)
     return await ends.enter_async_context(serving(url, given["redis"], engine=engine))
 
 

@@ -402,16 +402,20 @@ async def killed_flusher(place: Place) -> float:
         redis_server(place.folder / "redis") as server,
     ):
         async with Worker.started(place.folder / "worker.log") as worker:
-            await worker.open(url, server.url, dies_after_writing=after)
+            await worker.open(url, server.url)
             await until(lambda: listeners(server) == 1)
             with held(url) as let_go:
                 ulids = await worker.save("a", "b", "c")
                 await until(lambda: locks(server) == 1)
                 if not after:
                     await worker.kill()
-                let_go()
-            if after:
-                await worker.died()
+                with asking(server) as client:  # whoever has written them cannot take them out
+                    client.acl_setuser("default", enabled=True, commands=["-lrem", "-eval", "-evalsha"])
+                    let_go()
+                    if after:
+                        await until(lambda: stored(url))
+                        await worker.kill()
+                    client.acl_setuser("default", enabled=True, commands=["+lrem", "+eval", "+evalsha"])
         assert len(stored(url)) == 3 * after
         assert waiting(server) == 3
         async with serving(url, server.url) as here:
