@@ -9802,7 +9802,7 @@ async def _quietly(work: Awaitable[Any]) -> None:
 
 
 async def _in_batches(delete: Callable[[], Awaitable[int]]) -> int:
-    """Delete until nothing is left, resting as long as each batch took."""
+    """Delete until nothing is left, resting four times as long as each batch took."""
     deleted = 0
     while True:
         started = time.monotonic()
@@ -9810,7 +9810,7 @@ async def _in_batches(delete: Callable[[], Awaitable[int]]) -> int:
         if count <= 0:
             return deleted
         deleted += count
-        await asyncio.sleep(time.monotonic() - started)
+        await asyncio.sleep((time.monotonic() - started) * 4)
 
 
 _RECENT_BYTES: Final = 16 * 1024 * 1024
@@ -9825,7 +9825,7 @@ _RETRY_S: Final = 0.5  # the longest from one try to open it to the next
 _RARE_RETRY_S: Final = 15.0
 _OPEN_AGAIN_S: Final = 10.0
 _MOST_LOADED: Final = 5_000  # of one history, the latest of it first
-_PRUNE_BATCH: Final = 200
+_PRUNE_BATCH: Final = 100
 _MOST_CHATS: Final = 200
 _FRESH_S: Final = 3600.0
 
